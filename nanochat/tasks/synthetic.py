@@ -1,0 +1,77 @@
+"""Task families that this project generates itself, small enough for a toy model to learn.
+
+- `copying`: repeat a short row of letters and digits.
+- `arithmetic`: sums, differences and products, worked out with the calculator.
+- `comparison`: which of two numbers is larger, as a multiple choice.
+
+Words and symbols keep their blanks in question and reply, so that the tokenizer cuts both the same
+way and what is to be copied is a row of equal tokens.
+"""
+
+from __future__ import annotations
+
+import random
+
+from nanochat.tasks.common import (
+    LETTERS,
+    Example,
+    GeneratedTask,
+    Instance,
+    conversation,
+    render_choices,
+)
+
+SYMBOLS = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+class Copying(GeneratedTask):
+    """Repeat a row of 2 to 6 symbols: `Repeat: k 7 b` -> `k 7 b`."""
+
+    name = "copying"
+
+    def draw(self, rng: random.Random) -> Instance:
+        row = " ".join(rng.choice(SYMBOLS) for _ in range(rng.randint(2, 6)))
+        wording = rng.choice(("Repeat: {}", "Say this again: {}", "Copy: {}"))
+        example = Example(conversation(wording.format(row), row), row)
+        return Instance(row, example)
+
+
+class Arithmetic(GeneratedTask):
+    """`What is 27 + 45?`, answered through the calculator, the result then repeated."""
+
+    name = "arithmetic"
+
+    def draw(self, rng: random.Random) -> Instance:
+        sign = rng.choice("+-*")
+        high = 12 if sign == "*" else 99
+        a, b = rng.randint(0, high), rng.randint(0, high)
+        if sign == "-":
+            a, b = max(a, b), min(a, b)
+        expression = f"{a} {sign} {b}"
+        result = str({"+": a + b, "-": a - b, "*": a * b}[sign])
+        wording = rng.choice(("What is {}?", "Compute {}.", "{} = ?"))
+        reply = [
+            {"type": "python", "text": expression},
+            {"type": "python_output", "text": result},
+            {"type": "text", "text": result},
+        ]
+        # 3 + 5 and 5 + 3 are one question
+        low, top = sorted((a, b))
+        example = Example(conversation(wording.format(expression), reply), result)
+        return Instance(f"{low} {sign} {top}", example)
+
+
+class Comparison(GeneratedTask):
+    """Which of two numbers is larger, with the letters A and B."""
+
+    name = "comparison"
+    kind = "choice"
+    chance = 0.5
+
+    def draw(self, rng: random.Random) -> Instance:
+        pair = rng.sample(range(100), 2)
+        prompt = render_choices("Which number is larger?", [str(n) for n in pair])
+        answer = LETTERS[pair.index(max(pair))]
+        example = Example(conversation(prompt, answer), answer, tuple(LETTERS[:2]))
+        low, top = sorted(pair)
+        return Instance(f"{low} {top}", example)
