@@ -1,0 +1,1 @@
+"""nanochat: the model, its training stages and the chat; readable alone, runs without infra."""

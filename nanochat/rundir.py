@@ -1,0 +1,427 @@
+"""The run directory: every file of a run, who writes it, and how it survives a kill.
+
+* Small files are replaced atomically (write beside, fsync, rename, fsync the folder); logs are
+  append-only, and readers skip a torn last line.
+* One writer per run directory: a lease with host, boot id and heartbeat. flock and pids mean
+  nothing across containers and nodes, so a lease is stale when its heartbeat stands still.
+* `spent_usd` and `used_s` are derived from ledger.jsonl alone.
+
+No torch here, also indirectly: the supervisor and `status` read run directories on machines that
+have none.
+"""
+
+import enum
+import json
+import os
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanochat.spec import STAGES, RunSpec, SpecError, differing_fields, spec_from_json
+
+LEASE_STALE_S = 60.0
+IMAGE_DATA = Path("/opt/nanochat/data")
+
+EXIT_DONE = 0
+EXIT_FAILED = 70
+EXIT_STOPPED = 75
+EXIT_BUDGET = 76
+EXIT_UNFIT_NODE = 77
+EXIT_SPEC = 78
+
+
+class JobStatus(enum.StrEnum):
+    """State of a run."""
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    STOPPED = "STOPPED"
+    FAILED = "FAILED"
+
+
+class StopReason(enum.StrEnum):
+    """Why a run was asked to stop."""
+
+    SIGNAL = "signal"
+    USER = "user"
+    BUDGET = "budget"
+    WALL_TIME = "wall_time"
+    PREEMPTED = "preempted"
+
+
+class RunDirError(RuntimeError):
+    """The run directory cannot be used: of another spec, held by another run, not writable."""
+
+
+class LeaseLost(RunDirError):
+    """Another run has taken this run directory over."""
+
+
+def nanochat_home() -> Path:
+    """Where data and runs live: NANOCHAT_HOME, a mounted /workspace, or the user's cache."""
+    if home := os.environ.get("NANOCHAT_HOME"):
+        return Path(home)
+    if os.path.ismount("/workspace"):
+        return Path("/workspace/nanochat")
+    return Path.home() / ".cache" / "nanochat"
+
+
+def fsync_dir(path: Path) -> None:
+    """Make renames and new names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Replace a file so that a reader or a crash sees the old or the new text, never a mix."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(staged, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(staged, path)
+    fsync_dir(path.parent)
+
+
+def atomic_write_json(path: Path, obj: Any) -> None:
+    """`atomic_write_text` of indented JSON."""
+    atomic_write_text(path, json.dumps(obj, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any | None:
+    """The document in a file, or None where there is no whole document."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def append_jsonl(path: Path, record: dict[str, Any], durable: bool = False) -> None:
+    """Append one line; the line is one write, so that a kill tears at most the last one."""
+    line = (json.dumps(record, default=str) + "\n").encode()
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(fd, line)
+        if durable:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole records of an append-only log; a torn or damaged line is skipped."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            for line in f:
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                if isinstance(record, dict):
+                    yield record
+    except FileNotFoundError:
+        return
+
+
+def cut_torn_tail(path: Path) -> None:
+    """Cut a last line without its newline, so that the next append starts on a line of its own."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return
+    if size == 0:
+        return
+    with open(path, "r+b") as f:
+        back = min(size, 1 << 20)
+        f.seek(size - back)
+        tail = f.read(back)
+        if not tail.endswith(b"\n"):
+            f.truncate(size - back + tail.rfind(b"\n") + 1)
+            f.flush()
+            os.fsync(f.fileno())
+
+
+def boot_id() -> str:
+    """What tells two boots (or containers) of one host name apart."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return "unknown"
+
+
+@dataclass
+class Outcome:
+    """How a stage ended; written by the stage itself as its last act."""
+
+    stage: str
+    outcome: str
+    """done | stopped | failed"""
+    message: str = ""
+    step: int | None = None
+    num_steps: int | None = None
+    exit_code: int | None = None
+    """For failed: the code of the contract that the failure stands for."""
+    seconds: float = 0.0
+    """Wall clock of this stage, over all restarts."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Numbers for the report."""
+
+
+@dataclass
+class StopRequest:
+    """RUN/stop.json: present only while a stop is asked."""
+
+    reason: StopReason
+    deadline_s: float
+    """Unix time by which the processes of the run must have ended."""
+
+
+class RunDir:
+    """Paths and files of one run directory. Creating the object touches nothing on disk."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.spec_file = self.path / "spec.json"
+        self.plan_file = self.path / "plan.json"
+        self.resolved_file = self.path / "resolved.jsonl"
+        self.status_file = self.path / "status.json"
+        self.ledger_file = self.path / "ledger.jsonl"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.stop_file = self.path / "stop.json"
+        self.lease_file = self.path / "lease.json"
+        self.tokenizer_dir = self.path / "tokenizer"
+        self.report_dir = self.path / "report"
+        self.tensorboard_dir = self.path / "tensorboard"
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def outcome_file(self, stage: str) -> Path:
+        return self.path / "stages" / f"{stage}.json"
+
+    def progress_file(self, stage: str) -> Path:
+        return self.path / "stages" / f"{stage}.progress.json"
+
+    def log_file(self, stage: str) -> Path:
+        return self.path / "logs" / f"{stage}.log"
+
+    def checkpoints_dir(self, stage: str) -> Path:
+        return self.path / "checkpoints" / stage
+
+    def create(self) -> None:
+        """Make the folders and prove that they can be written. Raises RunDirError."""
+        try:
+            for folder in ("stages", "logs", "checkpoints"):
+                (self.path / folder).mkdir(parents=True, exist_ok=True)
+            atomic_write_text(self.path / ".writable", "")
+            (self.path / ".writable").unlink()
+        except OSError as e:
+            raise RunDirError(
+                f"{self.path} cannot be written ({e.strerror}); give a place that can: "
+                "--run-dir DIR, or NANOCHAT_HOME for all runs"
+            ) from None
+
+    # -- spec and plan: written once, frozen
+
+    def spec(self) -> RunSpec:
+        """The frozen spec. Raises RunDirError where this is no run directory."""
+        try:
+            return spec_from_json(self.spec_file.read_text(encoding="utf-8"), str(self.spec_file))
+        except FileNotFoundError:
+            raise RunDirError(f"{self.path} is no run directory (it has no spec.json)") from None
+        except SpecError as e:
+            raise RunDirError(str(e)) from None
+
+    def freeze_spec(self, spec: RunSpec) -> None:
+        """Write spec.json, or check that it is the same. Raises RunDirError with what differs."""
+        if self.spec_file.exists():
+            if differing := differing_fields(self.spec(), spec):
+                raise RunDirError(
+                    f"{self.path} holds a run of another spec; nothing was changed. It differs "
+                    "in:\n  " + "\n  ".join(differing) + "\nGive the same spec to resume, or "
+                    "another --run-dir (or name) for a new run."
+                )
+            return
+        atomic_write_text(self.spec_file, spec.model_dump_json(indent=2) + "\n")
+
+    def plan(self) -> dict[str, Any]:
+        """The frozen plan. Raises RunDirError where it is missing."""
+        plan = read_json(self.plan_file)
+        if not isinstance(plan, dict):
+            raise RunDirError(f"{self.plan_file} is missing or damaged; run the same command again")
+        return plan
+
+    # -- stop: asked by anyone, answered by the ranks
+
+    def request_stop(self, reason: StopReason, deadline_s: float) -> None:
+        """Ask the run to stop with a checkpoint by `deadline_s` (Unix time)."""
+        atomic_write_json(self.stop_file, {"reason": reason, "deadline_s": deadline_s})
+
+    def stop_request(self) -> StopRequest | None:
+        raw = read_json(self.stop_file)
+        if not isinstance(raw, dict):
+            return None
+        return StopRequest(StopReason(raw["reason"]), float(raw["deadline_s"]))
+
+    def clear_stop(self) -> None:
+        self.stop_file.unlink(missing_ok=True)
+
+    # -- outcomes, progress, status
+
+    def write_outcome(self, outcome: Outcome) -> None:
+        atomic_write_json(self.outcome_file(outcome.stage), asdict(outcome))
+
+    def outcome(self, stage: str) -> Outcome | None:
+        raw = read_json(self.outcome_file(stage))
+        return Outcome(**raw) if isinstance(raw, dict) else None
+
+    def is_done(self, stage: str) -> bool:
+        outcome = self.outcome(stage)
+        return outcome is not None and outcome.outcome == "done"
+
+    def write_progress(self, stage: str, phase: str, **facts: Any) -> None:
+        """Tell the supervisor that a stage is alive: phase, step, num_steps, eta_s, …"""
+        path = self.progress_file(stage)
+        staged = path.with_suffix(".tmp")
+        staged.write_text(json.dumps({"phase": phase, "time": time.time(), **facts}))
+        os.replace(staged, path)
+
+    def progress(self, stage: str) -> dict[str, Any]:
+        raw = read_json(self.progress_file(stage))
+        return raw if isinstance(raw, dict) else {}
+
+    def status(self) -> dict[str, Any] | None:
+        return read_json(self.status_file)
+
+    def write_status(self, status: dict[str, Any]) -> None:
+        atomic_write_json(self.status_file, status)
+
+    def append_resolved(self, what: str, **facts: Any) -> None:
+        """Note what changed after the plan was frozen, and why; durable before use."""
+        append_jsonl(
+            self.resolved_file,
+            {"time": time.time(), "what": what, **facts},
+            durable=True,
+        )
+
+    def resolved(self, what: str) -> list[dict[str, Any]]:
+        return [r for r in read_jsonl(self.resolved_file) if r.get("what") == what]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """metrics.jsonl with the last line per (stage, step, kind) only, in order of writing.
+
+        The kind of a line is the set of its keys, so that a step logged again after a resume
+        replaces the line of the killed run.
+        """
+        last: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for record in read_jsonl(self.metrics_file):
+            kind = (
+                ("task", record["task"], record.get("metric"))
+                if "task" in record
+                else ("step" if "loss" in record else tuple(sorted(set(record) - {"time_s"})))
+            )
+            key = (record.get("stage"), record.get("step"), kind)
+            last.pop(key, None)
+            last[key] = record
+        return list(last.values())
+
+
+class Lease:
+    """Says who writes in a run directory. Raises RunDirError when somebody else does."""
+
+    def __init__(self, run: RunDir, stale_s: float = LEASE_STALE_S) -> None:
+        self._run = run
+        self._stale_s = stale_s
+        self._id = uuid.uuid4().hex
+
+    def acquire(self) -> None:
+        """Take the lease: free, released, of a dead process of this boot, or stale."""
+        holder = read_json(self._run.lease_file)
+        if isinstance(holder, dict) and not self._is_over(holder):
+            age_s = time.time() - float(holder["heartbeat"])
+            raise RunDirError(
+                f"{self._run.path} is in use by pid {holder['pid']} on {holder['host']} (last sign "
+                f"of life {age_s:.0f} s ago); stop it first (`nanochat stop {self._run.path}`), or "
+                f"wait {self._stale_s:.0f} s if that machine is gone"
+            )
+        self._write()
+        held = read_json(self._run.lease_file)
+        if not isinstance(held, dict) or held["id"] != self._id:
+            raise RunDirError(f"{self._run.path}: another run started at the same moment")
+
+    def renew(self) -> None:
+        """Give a sign of life. Raises LeaseLost when another run has taken over."""
+        holder = read_json(self._run.lease_file)
+        if isinstance(holder, dict) and holder["id"] != self._id:
+            raise LeaseLost(f"{self._run.path} was taken over by {holder['host']}")
+        self._write()
+
+    def release(self) -> None:
+        holder = read_json(self._run.lease_file)
+        if isinstance(holder, dict) and holder["id"] == self._id:
+            self._run.lease_file.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        atomic_write_json(
+            self._run.lease_file,
+            {
+                "id": self._id,
+                "host": socket.gethostname(),
+                "boot": boot_id(),
+                "pid": os.getpid(),
+                "heartbeat": time.time(),
+            },
+        )
+
+    def _is_over(self, holder: dict[str, Any]) -> bool:
+        try:
+            same_boot = holder["boot"] == boot_id() != "unknown"
+            if same_boot and not _pid_alive(int(holder["pid"])):
+                return True
+            return time.time() - float(holder["heartbeat"]) > self._stale_s
+        except (KeyError, TypeError, ValueError):
+            return True
+
+
+def _pid_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:  # a zombie has ended, whoever has yet to wait for it
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()[:64]
+    except OSError:
+        return sys.platform != "linux"
+
+
+def find_run(path: Path | str) -> RunDir:
+    """The run directory at a path, or the run of that name below NANOCHAT_HOME/runs.
+
+    Raises RunDirError that lists the runs there are.
+    """
+    for candidate in (Path(path), nanochat_home() / "runs" / str(path)):
+        if (candidate / "spec.json").is_file():
+            return RunDir(candidate)
+    runs = sorted(p.parent.name for p in (nanochat_home() / "runs").glob("*/spec.json"))
+    known = f"runs in {nanochat_home() / 'runs'}: {', '.join(runs) or 'none'}"
+    raise RunDirError(f"{path} is no run directory (it has no spec.json); {known}")
+
+
+def newest_stage(run: RunDir, names: tuple[str, ...] = STAGES) -> str | None:
+    """The last stage in run order that has a checkpoint folder with a `latest`."""
+    for stage in reversed(names):
+        if (run.checkpoints_dir(stage) / "latest").is_file():
+            return stage
+    return None
