@@ -165,7 +165,7 @@ class Outcome:
 
     stage: str
     outcome: str
-    """done | stopped | failed"""
+    """running | done | stopped | failed"""
     message: str = ""
     step: int | None = None
     num_steps: int | None = None
@@ -283,7 +283,10 @@ class RunDir:
 
     def outcome(self, stage: str) -> Outcome | None:
         raw = read_json(self.outcome_file(stage))
-        return Outcome(**raw) if isinstance(raw, dict) else None
+        known = Outcome.__dataclass_fields__
+        if not isinstance(raw, dict) or "stage" not in raw or "outcome" not in raw:
+            return None
+        return Outcome(**{k: v for k, v in raw.items() if k in known})
 
     def is_done(self, stage: str) -> bool:
         outcome = self.outcome(stage)

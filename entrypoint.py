@@ -1,0 +1,92 @@
+"""The verbs of nanochat kit: parse the command line, call one function, return its exit code.
+
+No logic and no torch here, also indirectly, so that every `--help` answers at once; what a verb
+needs is imported when it runs.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+EXIT_SPEC = 78
+EXIT_INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the contract's exit code for wrong arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_SPEC, f"{self.prog}: {message}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One subcommand per verb of the contract."""
+    parser = Parser(
+        prog="nanochat",
+        description="Train a small chat model from nothing: plan, run, talk to it.",
+        epilog="Exit codes: 0 done, 70 training failed, 75 stopped (run again to resume), "
+        "76 budget spent, 77 node unfit, 78 wrong spec, data or arguments.",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    spec = argparse.ArgumentParser(add_help=False)
+    spec.add_argument("config", metavar="@CONFIG", help="run spec, e.g. @configs/smoke.toml")
+    spec.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.field=value",
+        help="change a field; the value is a TOML literal. `nanochat plan --fields` lists them",
+    )
+    a_run = argparse.ArgumentParser(add_help=False)
+    a_run.add_argument("run_dir", metavar="RUN_DIR", help="run directory, or the name of a run")
+
+    p = verbs.add_parser("plan", parents=[as_json], help="parameters, memory, hours, dollars")
+    p.add_argument("config", nargs="?", metavar="@CONFIG", help="run spec")
+    p.add_argument("overrides", nargs="*", metavar="section.field=value")
+    p.add_argument("--on", metavar="OFFER", help="plan for N x GPU type, or cpu; `?` lists them")
+    p.add_argument("--rehearse", action="store_true", help="also two steps with fake tensors")
+    p.add_argument("--fields", action="store_true", help="list every field of a spec with its help")
+
+    p = verbs.add_parser("run", parents=[spec, as_json], help="every stage; again: resume")
+    p.add_argument("--run-dir", metavar="DIR", help="default: NANOCHAT_HOME/runs/NAME")
+
+    p = verbs.add_parser("status", parents=[as_json], help="what runs, its exit code and cost")
+    p.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="default: every known run")
+
+    verbs.add_parser("stop", parents=[a_run], help="stop a run with a checkpoint")
+    verbs.add_parser("report", parents=[a_run], help="write report.md, report.html and plots")
+
+    p = verbs.add_parser("compare", parents=[as_json], help="runs side by side")
+    p.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
+
+    p = verbs.add_parser("doctor", parents=[as_json], help="this machine, and what it lacks")
+    p.add_argument("config", nargs="?", metavar="@CONFIG", help="check for this spec")
+    p.add_argument("overrides", nargs="*", metavar="section.field=value")
+
+    p = verbs.add_parser("chat", add_help=False, help="talk to a trained model")
+    p.add_argument("arguments", nargs=argparse.REMAINDER)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code of the contract."""
+    args = build_parser().parse_args(argv)
+    from infra import verbs
+
+    if args.version:
+        return verbs.version()
+    if args.verb is None:
+        build_parser().print_help()
+        return EXIT_SPEC
+    try:
+        return verbs.run_verb(args)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""infra: money, machines and processes around the training; never imports torch."""

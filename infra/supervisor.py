@@ -1,0 +1,373 @@
+"""The supervisor: runs every stage of a spec, owns signals, ledger and deadline, gives exit codes.
+
+* One stop mechanism: whatever asks (a signal, the budget, a person), RUN/stop.json is written, the
+  ranks answer by a checkpoint and an outcome file, and only here outcomes become exit codes.
+* Money and time come from RUN/ledger.jsonl alone, so that they hold over restarts.
+* A stage without a sign of life is hung: its stacks are dumped, it is ended and continued.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from infra import budget
+from infra.console import Console
+from infra.processes import StageProcess, stage_command, stage_env
+from nanochat.rundir import (
+    EXIT_BUDGET,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_SPEC,
+    EXIT_STOPPED,
+    EXIT_UNFIT_NODE,
+    JobStatus,
+    Lease,
+    LeaseLost,
+    Outcome,
+    RunDir,
+    StopReason,
+    append_jsonl,
+    atomic_write_json,
+    nanochat_home,
+    read_jsonl,
+)
+from nanochat.spec import TRAIN_STAGES, WEIGHT_STAGES, RunSpec
+
+POLL_S = 0.1
+STATUS_EVERY_S = 1.0
+LEASE_EVERY_S = 10.0
+LEDGER_EVERY_S = 30.0
+STARTUP_ALLOWANCE_S = 1800.0
+"""Imports, loading and a cold compile (7 minutes were reported on 8 GPUs) before the first step."""
+EVALUATION_ALLOWANCE_S = 900.0
+"""Between two signs of life of an evaluation or a save."""
+SHORTEST_HANG_S = 120.0
+KILL_MARGIN_S = 0.5
+
+
+class StageStopped(Exception):
+    """A stage ended because it was asked to."""
+
+
+class RunEnded(Exception):
+    """The run cannot go on; carries the exit code of the contract."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.message = message
+
+
+@dataclass(frozen=True)
+class Price:
+    """Dollars per hour of this machine, and who says so."""
+
+    usd_per_hour: float
+    source: str
+
+
+class Supervisor:
+    """Runs one spec in one run directory."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        run: RunDir,
+        plan: dict[str, Any],
+        price: Price,
+        num_ranks: int,
+        console: Console,
+    ) -> None:
+        self.spec = spec
+        self.run_dir = run
+        self.plan = plan
+        self.price = price
+        self.num_ranks = num_ranks
+        self.console = console
+        self.lease = Lease(run)
+        self.stage: str | None = None
+        self.stop_reason: StopReason | None = None
+        self.stop_deadline_s = 0.0
+        self.signals_seen = 0
+        self.stop_now = False
+        self._last = {"status": 0.0, "lease": 0.0, "ledger": 0.0}
+
+    # -- the run
+
+    def run(self) -> int:
+        """Run every stage that is not done; returns the exit code of the contract.
+
+        Raises RunDirError where the run directory cannot be used.
+        """
+        run = self.run_dir
+        run.create()
+        self.lease.acquire()
+        restore_signals = self._catch_signals()
+        try:
+            run.freeze_spec(self.spec)
+            if not run.plan_file.exists():
+                atomic_write_json(run.plan_file, self.plan)
+            run.clear_stop()
+            self._point_to_run()
+            self._ledger("start")
+            exit_code, message = self._run_stages()
+            self._ledger("stop")
+            self._write_status(_state_of(exit_code), exit_code, message)
+            run.clear_stop()
+            self.console.message(message)
+            return exit_code
+        except LeaseLost as e:
+            self.console.message(str(e))
+            return EXIT_UNFIT_NODE
+        finally:
+            self.lease.release()
+            restore_signals()
+
+    def _run_stages(self) -> tuple[int, str]:
+        resume = f"run the same command again to resume ({self.run_dir.path})"
+        try:
+            for stage in self.spec.stages:
+                self._run_stage(stage)
+        except StageStopped:
+            if self.stop_reason is StopReason.BUDGET:
+                self._write_last_report()
+                return EXIT_BUDGET, f"budget spent; everything is saved in {self.run_dir.path}"
+            return EXIT_STOPPED, f"stopped ({self.stop_reason}) with a checkpoint; {resume}"
+        except RunEnded as e:
+            return e.exit_code, e.message
+        return EXIT_DONE, f"done: {self.run_dir.path}"
+
+    def _run_stage(self, stage: str) -> None:
+        """Run one stage to its end, over crashes and hangs. Raises StageStopped or RunEnded."""
+        if self.run_dir.is_done(stage):
+            return
+        if self.stop_reason is not None:
+            raise StageStopped
+        self.stage = stage
+        restarts = 0
+        while True:
+            self.console.stage_start(stage)
+            outcome, trouble = self._run_once(stage)
+            if outcome is not None and outcome.outcome == "done":
+                self.console.stage_end(stage, outcome)
+                return
+            if outcome is not None and outcome.outcome == "failed":
+                raise _ended_by(outcome, self.run_dir)
+            if self.stop_reason is not None:
+                raise StageStopped
+            if outcome is not None and outcome.outcome == "stopped":
+                self.stop_reason = StopReason.USER
+                raise StageStopped
+            restarts += 1
+            self._event(stage, "restart", f"{trouble}; restart {restarts}")
+            if restarts > self.spec.runtime.max_restarts:
+                raise RunEnded(
+                    EXIT_UNFIT_NODE,
+                    f"{stage} {trouble}, and so did {restarts - 1} restarts; the last complete "
+                    f"checkpoint is kept. See {self.run_dir.log_file(stage)}",
+                )
+
+    def _run_once(self, stage: str) -> tuple[Outcome | None, str]:
+        """One process tree of a stage: its outcome, or None and what happened to it."""
+        ranks = self.num_ranks if stage in (*WEIGHT_STAGES, "evaluate") else 1
+        env = stage_env(ranks, self.spec.runtime.num_threads)
+        command = stage_command(stage, self.run_dir.path, ranks)
+        self.run_dir.outcome_file(stage).parent.mkdir(exist_ok=True)
+        self.run_dir.progress_file(stage).unlink(missing_ok=True)
+        process = StageProcess(command, self.run_dir.log_file(stage), env)
+        started_s = time.time()
+        trouble = ""
+        try:
+            while process.poll() is None:
+                self._tick(stage)
+                if self.stop_now or self._past_deadline():
+                    trouble = "did not stop by the deadline"
+                    break
+                if self._is_hung(stage, started_s):
+                    trouble = "gave no sign of life and was ended"
+                    process.dump_stacks()
+                    time.sleep(KILL_MARGIN_S)
+                    break
+                time.sleep(POLL_S)
+        finally:
+            code = process.poll()
+            process.kill()
+        outcome = self.run_dir.outcome(stage)
+        if outcome is None or outcome.outcome == "running":
+            return None, trouble or f"was killed (exit {code})"
+        return outcome, trouble
+
+    # -- while a stage runs
+
+    def _tick(self, stage: str) -> None:
+        """Once per poll: lease, ledger, status, budget and requests to stop."""
+        now = time.time()
+        progress = self.run_dir.progress(stage)
+        self.console.update(stage, progress)
+        if self._due("lease", LEASE_EVERY_S, now):
+            self.lease.renew()
+        if self._due("ledger", LEDGER_EVERY_S, now):
+            self._ledger("heartbeat")
+        if self._due("status", STATUS_EVERY_S, now):
+            self._write_status(JobStatus.RUNNING, None, "", progress)
+            self._watch_budget(stage, now)
+        if self.stop_reason is None:
+            request = self.run_dir.stop_request()
+            if request is not None:
+                self.stop_reason = request.reason
+                self.stop_deadline_s = max(request.deadline_s, now + self.spec.stop_grace_s)
+        elif self.run_dir.stop_request() is None:
+            self.run_dir.request_stop(self.stop_reason, self.stop_deadline_s)
+
+    def _watch_budget(self, stage: str, now: float) -> None:
+        """Ask for a stop when what is left is only enough to save, evaluate and report."""
+        if self.stop_reason is not None:
+            return
+        left = budget.time_left_s(self.spec.budget, read_jsonl(self.run_dir.ledger_file), now)
+        if left is None:
+            return
+        if stage in TRAIN_STAGES:
+            budget.write_horizon(self.run_dir, self.spec, stage, left, now)
+        if left <= budget.reserve_s(self.run_dir, self.spec, stage):
+            self._request_stop(StopReason.BUDGET, max(left, self.spec.stop_grace_s))
+
+    def _request_stop(self, reason: StopReason, grace_s: float) -> None:
+        self.stop_reason = reason
+        self.stop_deadline_s = time.time() + grace_s
+        self.run_dir.request_stop(reason, self.stop_deadline_s)
+        self.console.message(f"stopping ({reason}): saving a checkpoint, at most {grace_s:.0f} s")
+
+    def _past_deadline(self) -> bool:
+        return self.stop_reason is not None and time.time() > self.stop_deadline_s - KILL_MARGIN_S
+
+    def _is_hung(self, stage: str, started_s: float) -> bool:
+        progress = self.run_dir.progress(stage)
+        silence_s = time.time() - float(progress.get("time", started_s))
+        return silence_s > hang_limit_s(progress, self.spec.runtime.hang_s)
+
+    def _write_last_report(self) -> None:
+        """After the money has ended: the report reads files only and takes seconds."""
+        if self.spec.report is not None:
+            self.stage = "report"
+            self.run_dir.clear_stop()
+            self.stop_reason = None
+            self._run_once("report")
+            self.stop_reason = StopReason.BUDGET
+
+    # -- files
+
+    def _ledger(self, event: str) -> None:
+        record = {
+            "event": event,
+            "time": time.time(),
+            "usd_per_hour": self.price.usd_per_hour,
+            "source": self.price.source,
+            "host": socket.gethostname(),
+        }
+        append_jsonl(self.run_dir.ledger_file, record, durable=True)
+
+    def _event(self, stage: str, kind: str, message: str) -> None:
+        append_jsonl(
+            self.run_dir.metrics_file,
+            {"stage": stage, "event": kind, "message": message, "time_s": time.time()},
+        )
+        self.console.message(f"{stage}: {message}")
+
+    def _write_status(
+        self,
+        state: JobStatus,
+        exit_code: int | None,
+        message: str,
+        progress: dict[str, Any] | None = None,
+    ) -> None:
+        now = time.time()
+        usd, used_s = budget.spent(read_jsonl(self.run_dir.ledger_file), now)
+        facts = {k: v for k, v in (progress or {}).items() if k not in ("time", "phase")}
+        self.run_dir.write_status(
+            {
+                "name": self.spec.name,
+                "state": state,
+                "stage": self.stage,
+                "phase": (progress or {}).get("phase"),
+                **facts,
+                "spent_usd": round(usd, 6),
+                "used_s": round(used_s, 3),
+                "max_usd": self.spec.budget.max_usd,
+                "max_hours": self.spec.budget.max_hours,
+                "exit_code": exit_code,
+                "stop_reason": self.stop_reason,
+                "message": message,
+                "heartbeat": now,
+                "progress_time": (progress or {}).get("time"),
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+            }
+        )
+
+    def _point_to_run(self) -> None:
+        """Tell the image's health check which run it is; without a writable home there is none."""
+        try:
+            nanochat_home().mkdir(parents=True, exist_ok=True)
+            atomic_write_json(
+                nanochat_home() / "current-run.json", str(self.run_dir.path.absolute())
+            )
+        except OSError:
+            return
+
+    def _due(self, what: str, every_s: float, now: float) -> bool:
+        if now - self._last[what] < every_s:
+            return False
+        self._last[what] = now
+        return True
+
+    # -- signals
+
+    def _catch_signals(self) -> Callable[[], None]:
+        """First signal: stop with a checkpoint. A second SIGINT: stop now."""
+
+        def handle(signum: int, _frame: FrameType | None) -> None:
+            self.signals_seen += 1
+            if self.stop_reason is None:
+                self._request_stop(StopReason.SIGNAL, self.spec.stop_grace_s)
+            elif signum == signal.SIGINT and self.signals_seen > 1:
+                self.stop_now = True
+
+        caught = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+        before = {s: signal.signal(s, handle) for s in caught}
+
+        def restore() -> None:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+        return restore
+
+
+def hang_limit_s(progress: dict[str, Any], hang_s: float | None) -> float:
+    """Seconds without a sign of life after which a stage counts as hung.
+
+    Derived from the median step; loading and compiling, evaluating and saving have allowances of
+    their own. `hang_s` of the spec replaces the limit of the steps.
+    """
+    phase = progress.get("phase", "start")
+    if phase in ("start", "load", "compile"):
+        return STARTUP_ALLOWANCE_S
+    step_limit_s = hang_s or max(10.0 * float(progress.get("median_step_s", 0.0)), SHORTEST_HANG_S)
+    return step_limit_s if phase == "train" else max(step_limit_s, EVALUATION_ALLOWANCE_S)
+
+
+def _ended_by(outcome: Outcome, run: RunDir) -> RunEnded:
+    code = outcome.exit_code if outcome.exit_code is not None else EXIT_FAILED
+    log = "" if code == EXIT_SPEC else f" (log: {run.log_file(outcome.stage)})"
+    return RunEnded(code, f"{outcome.stage} failed: {outcome.message}{log}")
+
+
+def _state_of(exit_code: int) -> JobStatus:
+    if exit_code == EXIT_DONE:
+        return JobStatus.SUCCEEDED
+    return JobStatus.STOPPED if exit_code in (EXIT_STOPPED, EXIT_BUDGET) else JobStatus.FAILED

@@ -1,0 +1,229 @@
+"""What each verb of the command line does, in one function per verb.
+
+Facts go to stdout (one JSON document with --json), progress and errors to stderr.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from infra import hardware, planner, preflight
+from infra.console import Console, render_status
+from infra.supervisor import Price, Supervisor
+from nanochat.offline import install_guard
+from nanochat.rundir import (
+    EXIT_DONE,
+    EXIT_SPEC,
+    RunDir,
+    RunDirError,
+    StopReason,
+    find_run,
+    nanochat_home,
+    read_json,
+)
+from nanochat.spec import RunSpec, SpecError, describe_fields, load_spec
+
+APP_DIR = Path(__file__).resolve().parent.parent
+STALE_S = 30.0
+
+
+def run_verb(args: argparse.Namespace) -> int:
+    """Call the verb; user errors become one message and exit code 78."""
+    verbs: dict[str, Callable[[argparse.Namespace], int]] = {
+        "plan": plan,
+        "run": run,
+        "status": status,
+        "stop": stop,
+        "report": report,
+        "compare": compare,
+        "doctor": doctor,
+        "chat": chat,
+    }
+    install_guard()
+    try:
+        return verbs[args.verb](args)
+    except (SpecError, RunDirError) as e:
+        _say(f"nanochat {args.verb}: {e}")
+        return EXIT_SPEC
+
+
+def version() -> int:
+    """Print the version of the kit."""
+    print(importlib.metadata.version("nanochat-kit"))
+    return EXIT_DONE
+
+
+def plan(args: argparse.Namespace) -> int:
+    """All derived numbers of a spec; 78 when the run is refused."""
+    if args.fields:
+        for name, default, text in describe_fields():
+            print(name if name.startswith("[") else f"  {name} ({default})", "-", text)
+        return EXIT_DONE
+    if args.on == "?":
+        _print(args.json, hardware.offers_json(), hardware.render_offers)
+        return EXIT_DONE
+    if args.config is None:
+        raise SpecError("plan needs a spec, e.g. `nanochat plan @configs/smoke.toml`")
+    spec = _load(args)
+    offer = hardware.parse_offer(args.on or spec.offer)
+    made = planner.make_plan(spec, offer)
+    document = made.to_json()
+    if args.rehearse:
+        document["rehearsal"] = _rehearse(spec, document)
+    _print(args.json, document, lambda _: made.render())
+    if args.rehearse and not args.json:
+        print(json.dumps(document["rehearsal"], indent=2))
+    return EXIT_SPEC if made.verdict == "refused" else EXIT_DONE
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan, preflight, then every stage under the supervisor; resumes what is half done."""
+    spec = _load(args)
+    run_dir = RunDir(args.run_dir or nanochat_home() / "runs" / spec.name)
+    offer = hardware.parse_offer(spec.offer)
+    made = planner.make_plan(spec, offer)
+    frozen = read_json(run_dir.plan_file)
+    if frozen is None and made.verdict == "refused":
+        _say(made.render())
+        return EXIT_SPEC
+    problems = preflight.preflight(spec, made, run_dir)
+    for problem in problems:
+        _say(f"nanochat run: {problem.message}")
+    if problems:
+        return max(p.exit_code for p in problems)
+    document = frozen or made.to_json()
+    price = Price(document["usd_per_hour"], document.get("price_source", "plan"))
+    console = Console(run_dir, spec.stages)
+    supervisor = Supervisor(
+        spec, run_dir, document, price, hardware.num_ranks(spec.runtime), console
+    )
+    exit_code = supervisor.run()
+    if args.json:
+        print(json.dumps(run_dir.status()))
+    return exit_code
+
+
+def status(args: argparse.Namespace) -> int:
+    """What runs, how far, its cost; with one run its exit code is returned when it has ended."""
+    if args.run_dir:
+        runs = [find_run(args.run_dir)]
+    else:
+        runs = [RunDir(p.parent) for p in sorted((nanochat_home() / "runs").glob("*/spec.json"))]
+    rows = [_status_of(r) for r in runs]
+    document: Any = rows[0] if args.run_dir else rows
+    _print(args.json, document, lambda _: render_status(rows))
+    if args.run_dir and rows[0]["exit_code"] is not None:
+        return int(rows[0]["exit_code"])
+    return EXIT_DONE
+
+
+def stop(args: argparse.Namespace) -> int:
+    """Ask a run to stop with a checkpoint, and wait until it has."""
+    run_dir = find_run(args.run_dir)
+    before = _status_of(run_dir)
+    if before["state"] != "RUNNING":
+        _say(f"{run_dir.path} does not run (state {before['state']})")
+        return EXIT_DONE
+    grace_s = run_dir.spec().stop_grace_s
+    run_dir.request_stop(StopReason.USER, time.time() + grace_s)
+    deadline = time.monotonic() + grace_s + 10.0
+    while time.monotonic() < deadline:
+        if run_dir.lease_file.exists():
+            time.sleep(0.2)
+            continue
+        _say(f"{run_dir.path} has stopped; run the same command again to resume")
+        return EXIT_DONE
+    _say(f"{run_dir.path} has not stopped within {grace_s + 10.0:.0f} s; it may be on a dead node")
+    return 1
+
+
+def report(args: argparse.Namespace) -> int:
+    """Write the report of a run from its files."""
+    run_dir = find_run(args.run_dir)
+    code = subprocess.call(
+        [sys.executable, "-c", _REPORT, str(run_dir.path)], stdout=sys.stderr, cwd=APP_DIR
+    )
+    if code == EXIT_DONE:
+        print(run_dir.path / "report.md")
+    return code
+
+
+_REPORT = (
+    "import sys; from pathlib import Path; from nanochat.rundir import RunDir; "
+    "from nanochat.stages.report import main; main(RunDir(Path(sys.argv[1])))"
+)
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Put runs side by side."""
+    paths = [str(find_run(r).path) for r in args.run_dirs]
+    command = [sys.executable, "-m", "nanochat.compare", *paths]
+    return subprocess.call(command + (["--json"] if args.json else []), cwd=APP_DIR)
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Facts about this machine; 77 or 78 when something that the spec needs is missing."""
+    spec = _load(args) if args.config else None
+    facts = preflight.doctor(spec)
+    _print(args.json, [vars(f) for f in facts], lambda _: preflight.render_doctor(facts))
+    return max((f.exit_code for f in facts), default=EXIT_DONE)
+
+
+def chat(args: argparse.Namespace) -> int:
+    """Talk to a model in the terminal (needs torch, so it is a process of its own)."""
+    return subprocess.call([sys.executable, "-m", "nanochat.chat.cli", *args.arguments])
+
+
+def _load(args: argparse.Namespace) -> RunSpec:
+    if not args.config.startswith("@"):
+        raise SpecError(f"{args.config!r}: a config is given as @FILE, e.g. @configs/smoke.toml")
+    path = Path(args.config[1:])
+    if not path.exists() and (APP_DIR / path).exists():
+        path = APP_DIR / path
+    return load_spec(path, args.overrides)
+
+
+def _rehearse(spec: RunSpec, document: dict[str, Any]) -> Any:
+    result = subprocess.run(
+        [sys.executable, "-m", "nanochat.rehearse"],
+        input=json.dumps({"spec": spec.model_dump(mode="json"), "plan": document}),
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=APP_DIR,
+    )
+    if result.returncode:
+        raise SpecError("the rehearsal failed; the messages above say where")
+    return json.loads(result.stdout)
+
+
+def _status_of(run_dir: RunDir) -> dict[str, Any]:
+    """status.json, and whether its writer still lives."""
+    found = run_dir.status() or {
+        "name": run_dir.path.name,
+        "state": "PENDING",
+        "exit_code": None,
+        "heartbeat": None,
+    }
+    found["run_dir"] = str(run_dir.path)
+    heartbeat = found.get("heartbeat")
+    silent = heartbeat is not None and time.time() - heartbeat > STALE_S
+    if found["state"] == "RUNNING" and silent:
+        found["message"] = (
+            f"no sign of life for {time.time() - heartbeat:.0f} s: killed, or its machine is gone; "
+            "run the same command again to resume"
+        )
+    return found
+
+
+def _print(as_json: bool, document: Any, render: Callable[[Any], str]) -> None:
+    print(json.dumps(document, indent=2, default=str) if as_json else render(document))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

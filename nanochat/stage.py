@@ -1,0 +1,138 @@
+"""The frame around every stage: arguments, signals, and the outcome file as the last act.
+
+A stage is `main(run) -> Outcome | dict | None`, run as `python -m nanochat.stages.X RUN_DIR`, alone
+or under the supervisor (then perhaps as many ranks under torchrun). Whatever happens in it ends
+up in RUN/stages/X.json, and the process exits 0; torchrun would turn any other code into 1 and kill
+the other ranks. A process that ends without an outcome was killed.
+"""
+
+import ctypes
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nanochat.offline import install_guard
+from nanochat.rundir import (
+    EXIT_FAILED,
+    EXIT_SPEC,
+    EXIT_UNFIT_NODE,
+    Outcome,
+    RunDir,
+    RunDirError,
+    StopReason,
+)
+from nanochat.spec import SpecError
+
+PR_SET_PDEATHSIG = 1
+EXIT_BUG = 1
+
+
+class StageFailed(RuntimeError):
+    """The training itself failed (diverged, out of memory at the smallest batch): exit 70."""
+
+
+class NodeUnfit(RuntimeError):
+    """This machine cannot go on, another may: exit 77."""
+
+
+def run_stage(name: str, main: Callable[[RunDir], Outcome | dict[str, Any] | None]) -> None:
+    """Run a stage from the command line. Writes the outcome; exits 0, or 78 for wrong arguments."""
+    if len(sys.argv) != 2:
+        sys.stderr.write(f"usage: python -m nanochat.stages.{name} RUN_DIR\n")
+        sys.exit(EXIT_SPEC)
+    run = RunDir(Path(sys.argv[1]))
+    is_rank_0 = os.environ.get("RANK", "0") == "0"
+    live_and_die_with_parent()
+    stop_on_signals(run)
+    install_guard()
+    before_s = _seconds_before(run, name)
+    started = time.monotonic()
+    if is_rank_0 and run.path.is_dir():
+        run.create()
+        run.write_outcome(
+            Outcome(stage=name, outcome="running", seconds=before_s, facts={"since": time.time()})
+        )
+        run.write_progress(name, "start")
+    try:
+        result = main(run)
+        outcome = _as_outcome(name, result)
+    except Exception as e:
+        outcome = _failure(name, e)
+    outcome.seconds = before_s + time.monotonic() - started
+    if is_rank_0 or outcome.outcome == "failed":
+        run.write_outcome(outcome)
+    sys.stdout.flush()
+    # A library thread that does not end (a tracker, a CUDA context) must not hold the run.
+    os._exit(0)
+
+
+def live_and_die_with_parent() -> None:
+    """End with SIGKILL when the parent ends; dump all stacks on SIGUSR2.
+
+    torchrun's workers start sessions of their own and outlive a SIGKILL of the group, still
+    writing to the run directory; PR_SET_PDEATHSIG (prctl(2)) is what reaches them.
+    """
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+    else:
+        threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def stop_on_signals(run: RunDir) -> None:
+    """Turn a signal that reaches a stage (run alone, or by scancel) into the one stop mechanism."""
+
+    def ask(signum: int, _frame: Any) -> None:
+        if run.stop_request() is None and run.path.is_dir():
+            run.request_stop(StopReason.SIGNAL, time.time() + run.spec().stop_grace_s)
+
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, ask)
+
+
+def _as_outcome(name: str, result: Outcome | dict[str, Any] | None) -> Outcome:
+    if isinstance(result, Outcome):
+        return result
+    return Outcome(stage=name, outcome="done", facts=result or {})
+
+
+def _failure(name: str, error: Exception) -> Outcome:
+    traceback.print_exc()
+    text = str(error) or type(error).__name__
+    if isinstance(error, SpecError | RunDirError):
+        code = EXIT_SPEC
+    elif isinstance(error, StageFailed):
+        code = EXIT_FAILED
+    elif isinstance(error, NodeUnfit):
+        code = EXIT_UNFIT_NODE
+    else:
+        code, text = EXIT_BUG, f"{type(error).__name__}: {text}"
+    return Outcome(stage=name, outcome="failed", message=text, exit_code=code)
+
+
+def _seconds_before(run: RunDir, name: str) -> float:
+    """Wall clock that earlier processes of this stage have used, the killed ones too."""
+    before = run.outcome(name)
+    if before is None:
+        return 0.0
+    if before.outcome != "running":
+        return before.seconds
+    last_sign = float(run.progress(name).get("time", 0.0))
+    return before.seconds + max(0.0, last_sign - float(before.facts.get("since", last_sign)))
