@@ -11,6 +11,7 @@ have none.
 """
 
 import enum
+import errno
 import json
 import os
 import socket
@@ -110,7 +111,8 @@ def append_jsonl(path: Path, record: dict[str, Any], durable: bool = False) -> N
     line = (json.dumps(record, default=str) + "\n").encode()
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(fd, line)
+        if os.write(fd, line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         if durable:
             os.fsync(fd)
     finally:
@@ -323,20 +325,27 @@ class RunDir:
     def metrics(self) -> list[dict[str, Any]]:
         """metrics.jsonl with the last line per (stage, step, kind) only, in order of writing.
 
-        The kind of a line is the set of its keys, so that a step logged again after a resume
-        replaces the line of the killed run.
+        So a step logged again after a resume replaces the line of the killed run.
         """
         last: dict[tuple[Any, ...], dict[str, Any]] = {}
         for record in read_jsonl(self.metrics_file):
-            kind = (
-                ("task", record["task"], record.get("metric"))
-                if "task" in record
-                else ("step" if "loss" in record else tuple(sorted(set(record) - {"time_s"})))
-            )
-            key = (record.get("stage"), record.get("step"), kind)
+            key = (record.get("stage"), record.get("step"), _kind(record))
             last.pop(key, None)
             last[key] = record
         return list(last.values())
+
+
+def _kind(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What of a stage and step a line of metrics.jsonl tells."""
+    if "task" in record:
+        return ("task", record["task"], record.get("metric"))
+    if "event" in record:
+        return ("event", record["event"], record.get("message"))
+    if "sample" in record:
+        return ("sample", record["sample"])
+    if "val_bpb" in record:
+        return ("val",)
+    return ("step",) if "loss" in record else ("other", *sorted(set(record) - {"time_s"}))
 
 
 class Lease:
