@@ -194,10 +194,6 @@ class GPT(nn.Module):
         for buffer, value in zip((self.cos, self.sin), self._rope_tables("cpu"), strict=True):
             buffer.copy_(value)
 
-    def matrix_parameters(self) -> dict[str, nn.Parameter]:
-        """The matrices of the blocks, by name: what Muon trains."""
-        return {f"blocks.{name}": p for name, p in self.blocks.named_parameters()}
-
     def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
 

@@ -1,0 +1,127 @@
+"""Ranks: who this process is, and the few things that all ranks do together.
+
+The only reader of torchrun's environment. One rank needs no process group; every function here is
+then the identity. Tensors on the CPU travel by gloo also where the gradients travel by NCCL, so
+that asking about a stop does not wait for the GPU.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+# torch 2.13 renamed these two and deprecated the old names.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dist:
+    """This rank among its peers. With world_size 1 nothing is sent."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def mesh(self) -> DeviceMesh:
+        """The ranks in one dimension, for sharding. Needs a process group."""
+        return init_device_mesh(self.device.type, (self.world_size,))
+
+    def broadcast_flag(self, flag: int) -> int:
+        """Rank 0's flag, on every rank."""
+        if self.world_size == 1:
+            return flag
+        carrier = torch.tensor(flag)
+        dist.broadcast(carrier, src=0)
+        return int(carrier)
+
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def all_reduce_mean(self, x: Tensor) -> Tensor:
+        """Mean over ranks, in place."""
+        return self.all_reduce_sum(x).div_(self.world_size)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.all_reduce(torch.zeros(()))
+
+    def reduce_scatter_mean(self, x: Tensor) -> Tensor:
+        """x: [world_size * n, ...], one part per rank -> this rank's part [n, ...], averaged."""
+        if self.world_size == 1:
+            return x
+        part = x.new_empty(x.shape[0] // self.world_size, *x.shape[1:])
+        _reduce_scatter(part, x, op=dist.ReduceOp.AVG)
+        return part
+
+    def all_gather(self, part: Tensor) -> Tensor:
+        """Every rank's part [n, ...] -> [world_size * n, ...], in order of rank."""
+        if self.world_size == 1:
+            return part
+        whole = part.new_empty(self.world_size * part.shape[0], *part.shape[1:])
+        _all_gather(whole, part)
+        return whole
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """x: [world_size, ...], part i for rank i -> [world_size, ...], part i from rank i."""
+        if self.world_size == 1:
+            return x
+        received = torch.empty_like(x)
+        dist.all_to_all_single(received, x)
+        return received
+
+
+def init(device_type: str, timeout_s: float = 1800.0) -> Dist:
+    """Join the ranks that torchrun has started, or be alone.
+
+    device_type: "cpu", "cuda" or "mps". timeout_s: longest wait for another rank.
+    """
+    env = os.environ
+    rank, local_rank = int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
+    world_size = int(env.get("WORLD_SIZE", 1))
+    device = torch.device(device_type, local_rank) if device_type == "cuda" else device_type
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if isinstance(device, torch.device) else None,
+        )
+    return Dist(
+        rank=rank, local_rank=local_rank, world_size=world_size, device=torch.device(device)
+    )
+
+
+def shutdown() -> None:
+    """Leave the process group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def joined(device_type: str) -> Iterator[Dist]:
+    """`init`, then `shutdown` however the block ends."""
+    try:
+        yield init(device_type)
+    finally:
+        shutdown()
+
+
+def seed_rank(seed: int, rank: int) -> None:
+    """Seed torch's generators of every device so that ranks draw different dropout."""
+    torch.manual_seed(seed * 1_000_003 + rank)
