@@ -49,6 +49,7 @@ EVALUATION_ALLOWANCE_S = 900.0
 """Between two signs of life of an evaluation or a save."""
 SHORTEST_HANG_S = 120.0
 KILL_MARGIN_S = 0.5
+AFTER_FAILURE_S = 5.0
 
 
 class StageStopped(Exception):
@@ -164,6 +165,9 @@ class Supervisor:
             if outcome is not None and outcome.outcome == "stopped":
                 self.stop_reason = StopReason.USER
                 raise StageStopped
+            if outcome is not None and outcome.outcome == "refit":
+                self._event(stage, "oom_fit", outcome.message)
+                continue
             restarts += 1
             self._event(stage, "restart", f"{trouble}; restart {restarts}")
             if restarts > self.spec.runtime.max_restarts:
@@ -188,6 +192,8 @@ class Supervisor:
                 self._tick(stage)
                 if self.stop_now or self._past_deadline():
                     trouble = "did not stop by the deadline"
+                    break
+                if self._is_over(stage):
                     break
                 if self._is_hung(stage, started_s):
                     trouble = "gave no sign of life and was ended"
@@ -245,6 +251,14 @@ class Supervisor:
 
     def _past_deadline(self) -> bool:
         return self.stop_reason is not None and time.time() > self.stop_deadline_s - KILL_MARGIN_S
+
+    def _is_over(self, stage: str) -> bool:
+        """Whether a rank has failed and the others, waiting for it, have had time to notice."""
+        outcome = self.run_dir.outcome(stage)
+        if outcome is None or outcome.outcome not in ("failed", "refit"):
+            return False
+        age_s = time.time() - self.run_dir.outcome_file(stage).stat().st_mtime
+        return age_s > AFTER_FAILURE_S
 
     def _is_hung(self, stage: str, started_s: float) -> bool:
         progress = self.run_dir.progress(stage)
@@ -312,13 +326,10 @@ class Supervisor:
 
     def _point_to_run(self) -> None:
         """Tell the image's health check which run it is; without a writable home there is none."""
-        try:
-            nanochat_home().mkdir(parents=True, exist_ok=True)
-            atomic_write_json(
-                nanochat_home() / "current-run.json", str(self.run_dir.path.absolute())
-            )
-        except OSError:
-            return
+        home = nanochat_home()
+        with contextlib.suppress(OSError):
+            home.mkdir(parents=True, exist_ok=True)
+            atomic_write_json(home / "current-run.json", str(self.run_dir.path.absolute()))
 
     def _due(self, what: str, every_s: float, now: float) -> bool:
         if now - self._last[what] < every_s:

@@ -167,7 +167,7 @@ class Outcome:
 
     stage: str
     outcome: str
-    """running | done | stopped | failed"""
+    """running | done | stopped | failed | refit (start again, with a smaller device batch)"""
     message: str = ""
     step: int | None = None
     num_steps: int | None = None

@@ -5,7 +5,7 @@ arithmetic, no torch, so that a plan costs milliseconds and a laptop can plan fo
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanochat.spec import TRAIN_STAGES, ChatStage, Model, RunSpec, SpecError, TrainStage
 
@@ -121,6 +121,10 @@ class StageNumbers:
     @property
     def num_tokens(self) -> int | None:
         return None if self.num_steps is None else self.num_steps * self.total_batch_size
+
+    def with_steps(self, num_steps: int) -> "StageNumbers":
+        """The same batches for another number of steps."""
+        return replace(self, num_steps=num_steps)
 
 
 def resolve(

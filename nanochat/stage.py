@@ -50,7 +50,7 @@ def run_stage(name: str, main: Callable[[RunDir], Outcome | dict[str, Any] | Non
     run = RunDir(Path(sys.argv[1]))
     is_rank_0 = os.environ.get("RANK", "0") == "0"
     live_and_die_with_parent()
-    stop_on_signals(run)
+    stop_on_signals(run, is_alone=os.environ.get("WORLD_SIZE", "1") == "1")
     install_guard()
     before_s = _seconds_before(run, name)
     started = time.monotonic()
@@ -66,7 +66,7 @@ def run_stage(name: str, main: Callable[[RunDir], Outcome | dict[str, Any] | Non
     except Exception as e:
         outcome = _failure(name, e)
     outcome.seconds = before_s + time.monotonic() - started
-    if is_rank_0 or outcome.outcome == "failed":
+    if is_rank_0 or outcome.outcome in ("failed", "refit"):
         run.write_outcome(outcome)
     sys.stdout.flush()
     # A library thread that does not end (a tracker, a CUDA context) must not hold the run.
@@ -96,15 +96,18 @@ def _watch_parent(parent: int) -> None:
     os._exit(1)
 
 
-def stop_on_signals(run: RunDir) -> None:
-    """Turn a signal that reaches a stage (run alone, or by scancel) into the one stop mechanism."""
+def stop_on_signals(run: RunDir, is_alone: bool) -> None:
+    """Turn a signal that reaches a stage (run alone, or by scancel) into the one stop mechanism.
+
+    Under torchrun a signal means that another rank has ended; the supervisor decides what follows.
+    """
 
     def ask(signum: int, _frame: Any) -> None:
         if run.stop_request() is None and run.path.is_dir():
             run.request_stop(StopReason.SIGNAL, time.time() + run.spec().stop_grace_s)
 
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, ask)
+        signal.signal(signum, ask if is_alone else signal.SIG_IGN)
 
 
 def _as_outcome(name: str, result: Outcome | dict[str, Any] | None) -> Outcome:

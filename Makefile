@@ -1,0 +1,72 @@
+# nanochat kit. `make help` lists the targets; each makes the set-up that it needs.
+VERSION := 0.1.0
+IMAGE   := nanochat:$(VERSION)
+PYTHON  ?= python3
+VENV    := .venv
+PY      := $(VENV)/bin/python
+RUST    := $(shell find rustbpe -name '*.rs' -not -path '*/target/*' 2>/dev/null) rustbpe/Cargo.toml rustbpe/Cargo.lock rustbpe/pyproject.toml
+RUN     ?= runs/smoke
+
+.DEFAULT_GOAL := help
+.PHONY: help setup smoke test lint fmt build bench e2e e2e-long lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F': *' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready  ## virtual environment in .venv, locked packages, the Rust tokenizer
+
+$(VENV)/.packages: requirements-dev.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "The venv module is missing: apt-get install python3-venv (Debian, Ubuntu), dnf install python3 (Fedora)"; exit 1; }
+	$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.packages pyproject.toml $(RUST)
+	@command -v cargo >/dev/null || \
+	  { echo "A Rust toolchain (1.85 or newer) is needed to build the tokenizer: apt-get install cargo (Debian 13), cargo-web (Debian 12), brew install rust (macOS), or rustup. Without one, docs/local.md says how to use a wheel."; exit 1; }
+	$(PY) -m maturin build --release --quiet --manifest-path rustbpe/Cargo.toml --interpreter $(PY) --out build/wheels
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/wheels/rustbpe-*.whl
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+smoke: setup  ## every stage at toy size on this CPU, then the report (about 4 minutes)
+	NANOCHAT_OFFLINE=1 $(PY) entrypoint.py run @configs/smoke.toml --run-dir $(RUN)
+	@echo
+	@echo "Report:  $(RUN)/report.md and $(RUN)/report.html"
+	@echo "Talk:    $(VENV)/bin/nanochat chat $(RUN)"
+
+test: setup  ## unit tests and the toy run; no engine needed (under 3 minutes)
+	$(PY) -m pytest tests/unit
+
+lint: setup  ## ruff, mypy, import contracts, cargo fmt, clippy and tests
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	cd rustbpe && cargo fmt --check && cargo clippy --all-targets --quiet -- -D warnings && cargo test --quiet
+
+fmt: setup  ## format Python and Rust
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	cd rustbpe && cargo fmt
+
+build: setup  ## wheels of the kit and of the tokenizer in build/wheels
+	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheels .
+
+bench: setup  ## every benchmark; prints JSON with the ratio to a named peer
+	for script in bench/*.py; do $(PY) $$script; done
+
+e2e: setup  ## real Docker, SLURM, cloud twin and browser, in short form
+	$(PY) -m pytest tests/e2e -m "not long"
+
+e2e-long: setup  ## the full counts of the proofs
+	$(PY) -m pytest tests/e2e
+
+lock:  ## resolve the dependencies again into the lock files
+	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
+	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --extra dev --constraint requirements.lock --output-file requirements-dev.lock pyproject.toml
+
+clean:  ## remove what the targets made, except runs
+	rm -rf $(VENV) build rustbpe/target .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,237 @@
+"""What a training stage needs before its first step: device, model, optimizer, checkpoints.
+
+The numbers come from plan.json where the plan was made for as many ranks, corrected by what a
+former process of this run found out on this kind of device (a batch that did not fit).
+"""
+
+import contextlib
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nanochat import distributed
+from nanochat.bpb import evaluate_bpb
+from nanochat.checkpoint import Checkpointer, CheckpointError, load_model
+from nanochat.data import ValidationSet
+from nanochat.distributed import Dist
+from nanochat.gpt import GPT
+from nanochat.metrics import Metrics
+from nanochat.optim import Optimizer, build_optimizer
+from nanochat.rundir import Outcome, RunDir
+from nanochat.scaling import StageNumbers, flops_per_token, gpt_config, resolve_stage
+from nanochat.spec import RunSpec, TrainStage
+from nanochat.stage import NodeUnfit, StageFailed
+from nanochat.tokenizer import TokenizerLike, load_tokenizer
+
+
+@dataclass
+class Prepared:
+    """One training stage, ready for `trainer.fit`."""
+
+    run: RunDir
+    spec: RunSpec
+    stage: str
+    settings: TrainStage
+    numbers: StageNumbers
+    dist: Dist
+    tokenizer: TokenizerLike
+    model: GPT
+    train_model: Callable[..., torch.Tensor]
+    optimizer: Optimizer
+    checkpointer: Checkpointer
+    autocast: Callable[[], AbstractContextManager[Any]]
+    metrics: Metrics | None = None
+
+    def open_metrics(self, resume_step: int | None) -> Metrics:
+        """The log of the stage, opened when it is known where the stage continues."""
+        self.metrics = Metrics(
+            self.run,
+            self.stage,
+            resume_step=resume_step,
+            tensorboard=self.spec.runtime.tensorboard,
+            wandb=self.spec.runtime.wandb,
+            rank=self.dist.rank,
+            gpu_uuids=gpu_uuids(self.dist),
+        )
+        return self.metrics
+
+    def fit_arguments(self) -> dict[str, Any]:
+        """The arguments of `trainer.fit` that are the same for every stage."""
+        plan = self.run.plan()
+        return {
+            "run": self.run,
+            "stage": self.stage,
+            "settings": self.settings,
+            "numbers": self.numbers,
+            "model": self.model,
+            "train_model": self.train_model,
+            "optimizer": self.optimizer,
+            "checkpointer": self.checkpointer,
+            "checkpoint_every_s": self.spec.budget.checkpoint_every_s,
+            "open_metrics": self.open_metrics,
+            "dist": self.dist,
+            "autocast": self.autocast,
+            "flops_per_token": flops_per_token(self.model.config),
+            "peak_flops": plan.get("peak_flops"),
+        }
+
+    def bits_per_byte(self, validation: ValidationSet) -> float:
+        """Bits per byte of the model on a validation set, over all ranks."""
+        token_bytes = self.tokenizer.token_bytes()
+
+        def nll(inputs: torch.Tensor, targets: torch.Tensor, doc_ids: Any) -> torch.Tensor:
+            self.run.write_progress(self.stage, "evaluate")
+            with self.autocast():
+                return self.model(inputs, targets, doc_ids=doc_ids, reduction="none")
+
+        self.model.eval()
+        try:
+            return evaluate_bpb(
+                nll, validation, token_bytes, self.dist.device, self.dist.all_reduce_sum
+            )
+        finally:
+            self.model.train()
+
+    def eval_rows(self) -> int:
+        """Rows of a validation batch: validation keeps no activations, so the training's do."""
+        return self.numbers.device_batch_size
+
+
+def prepare(run: RunDir, stage: str, weights_from: str | None = None) -> Prepared:
+    """Build everything for a training stage of a run; weights of the stage before, where named.
+
+    Raises RunDirError, SpecError, or CheckpointError when there is nothing to start from.
+    """
+    spec = run.spec()
+    dist = distributed.init(pick_device(spec.runtime.device))
+    distributed.seed_rank(spec.seed, dist.rank)
+    if spec.runtime.deterministic:
+        torch.use_deterministic_algorithms(True)
+    tokenizer = load_tokenizer(run.tokenizer_dir)
+    config = gpt_config(spec.model)
+    settings: TrainStage = getattr(spec, stage)
+    plan = run.plan()
+    model = GPT(config).to(dist.device)
+    model.init_weights(spec.seed)
+    if weights_from is not None:
+        load_stage_weights(run, weights_from, model)
+    optimizer = build_optimizer(
+        model,
+        dist=dist,
+        n_embd=config.n_embd,
+        embedding_lr=settings.embedding_lr,
+        unembedding_lr=settings.unembedding_lr,
+        matrix_lr=settings.matrix_lr,
+        weight_decay=settings.weight_decay,
+    )
+    dtype = compute_dtype(spec.runtime.dtype, dist.device)
+    return Prepared(
+        run=run,
+        spec=spec,
+        stage=stage,
+        settings=settings,
+        numbers=resolve_stage(spec, stage, dist.world_size, _device_batch(run, plan, stage, dist)),
+        dist=dist,
+        tokenizer=tokenizer,
+        model=model,
+        train_model=torch.compile(model) if spec.runtime.compile else model,
+        optimizer=optimizer,
+        checkpointer=Checkpointer(
+            run.checkpoints_dir(stage),
+            spec.checkpoint,
+            rank=dist.rank,
+            world_size=dist.world_size,
+        ),
+        autocast=lambda: autocast(dist.device, dtype),
+    )
+
+
+def load_stage_weights(run: RunDir, stage: str, model: GPT) -> None:
+    """Fill the model with the best weights of a stage, or its latest where none was validated."""
+    folder = run.checkpoints_dir(stage)
+    try:
+        load_model(folder, model.state_dict(), "best")
+    except CheckpointError:
+        load_model(folder, model.state_dict(), "latest")
+
+
+def pick_device(wanted: str) -> str:
+    """The device type to train on. Raises NodeUnfit where the wanted one is missing."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if wanted == "auto":
+        return next((name for name, is_there in there.items() if is_there), "cpu")
+    if not there.get(wanted, True):
+        raise NodeUnfit(f'runtime.device = "{wanted}", but torch finds no such device here')
+    return wanted
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the kind of device, e.g. "NVIDIA H100 80GB HBM3", or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def gpu_uuids(dist: Dist) -> list[str]:
+    """NVML's names of the GPUs of this node, for the statistics; empty without CUDA."""
+    if dist.device.type != "cuda":
+        return []
+    count = min(torch.cuda.device_count(), dist.world_size)
+    return [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(count)]
+
+
+def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """Precision of the matrix products. A CPU without AMX runs bf16 at half the speed of fp32."""
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[wanted]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Autocast to bf16, or nothing at fp32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def note_out_of_memory(prepared: Prepared, error: torch.OutOfMemoryError) -> Outcome:
+    """Halve the device batch for the next process of this stage; total_batch_size stays.
+
+    The memory of a process that ran out is fragmented, so the supervisor starts a new one.
+    Raises StageFailed where there is nothing to halve.
+    """
+    numbers = prepared.numbers
+    smaller = numbers.device_batch_size // 2
+    if smaller == 0:
+        raise StageFailed(
+            f"out of memory at one row of {numbers.seq_len} tokens per rank: {error}. Use a "
+            "smaller model.depth or model.seq_len, or a GPU with more memory"
+        ) from error
+    if prepared.dist.is_main:
+        prepared.run.append_resolved(
+            "fit",
+            stage=prepared.stage,
+            device=device_name(prepared.dist.device),
+            world_size=prepared.dist.world_size,
+            device_batch_size=smaller,
+            reason=f"out of memory at {numbers.device_batch_size} rows",
+            at_s=time.time(),
+        )
+    return Outcome(stage=prepared.stage, outcome="refit", message=f"next: {smaller} rows per rank")
+
+
+def _device_batch(run: RunDir, plan: dict[str, Any], stage: str, dist: Dist) -> int | None:
+    """What the plan chose, or what a former process on such a device had to fall back to."""
+    for fit in reversed(run.resolved("fit")):
+        if (fit["stage"], fit["device"], fit["world_size"]) == (
+            stage,
+            device_name(dist.device),
+            dist.world_size,
+        ):
+            return int(fit["device_batch_size"])
+    planned = next((s for s in plan.get("stages", []) if s["stage"] == stage), None)
+    if planned is None or plan.get("world_size", 1) != dist.world_size:
+        return None
+    return int(planned["device_batch_size"])

@@ -1,0 +1,1 @@
+"""The stages of a run, one file each, read top to bottom; they meet only in the run directory."""

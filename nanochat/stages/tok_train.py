@@ -1,0 +1,148 @@
+"""Train the tokenizer, and measure how it compresses several kinds of text.
+
+The table stands beside GPT-2's and GPT-4's tokenizers where their vocabularies have been fetched
+(data/tokenizers/{gpt2,cl100k_base}.tiktoken).
+"""
+
+import inspect
+import json
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+from tiktoken.load import load_tiktoken_bpe
+
+from nanochat.corpus import iter_texts, locate
+from nanochat.rundir import IMAGE_DATA, RunDir, nanochat_home
+from nanochat.spec import SpecError
+from nanochat.stage import run_stage
+from nanochat.tokenizer import CharTokenizer, Tokenizer, TokenizerLike
+
+STAGE = "tok_train"
+SAMPLE_CHARS = 200_000
+
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+GPT4_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|"""
+    r"""\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
+)
+PUBLISHED = {"gpt2": GPT2_PATTERN, "cl100k_base": GPT4_PATTERN}
+
+PROSE = """\
+The lighthouse keeper wrote down the weather every evening, and every evening he added one line
+about the ships that had passed. Most of them he knew by their lamps alone. When the fog came in he
+rang the bell by hand, four strokes and a pause, until the last of them had answered."""
+NUMBERS = """\
+2 + 2 = 4; 17 * 23 = 391; 3.14159 * 2.5 ** 2 = 19.6349. In 2025 the budget grew by 12.5 % to
+1,048,576 units, of which 65,536 (6.25 %) were spent by 31 January at 23:59:59."""
+OTHER_SCRIPTS = """\
+Die Straßenbahn fährt über die Brücke. Où est la bibliothèque ? ¿Cuántos años tienes?
+Сегодня хорошая погода. Η θάλασσα είναι ήρεμη.
+今天天气很好。吾輩は猫が好きだ。오늘은 날씨가 좋다. 🚀✨"""
+
+
+def main(run: RunDir) -> dict[str, Any]:
+    """Train on the spec's data, save to RUN/tokenizer, return the compression table."""
+    spec = run.spec()
+    files = locate(spec.data)
+    settings = spec.tok_train
+    assert settings is not None
+    run.write_progress(STAGE, "train")
+    started_s = time.monotonic()
+    tokenizer: TokenizerLike
+    if spec.data.tokenizer == "char":
+        tokenizer = CharTokenizer.train(
+            iter_texts(files.train), spec.model.vocab_size, unknown=spec.data.unknown_char
+        )
+    else:
+        tokenizer = Tokenizer.train_parquet(
+            [f.path for f in files.train],
+            spec.model.vocab_size,
+            max_chars=settings.max_chars,
+            doc_cap_chars=settings.doc_cap_chars,
+        )
+    seconds = time.monotonic() - started_s
+    if tokenizer.vocab_size > spec.model.vocab_size:
+        raise SpecError(
+            f"the tokenizer has {tokenizer.vocab_size} entries, more than model.vocab_size = "
+            f"{spec.model.vocab_size}"
+        )
+    tokenizer.save(run.tokenizer_dir)
+    run.write_progress(STAGE, "evaluate")
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "fingerprint": tokenizer.fingerprint,
+        "train_s": seconds,
+        "compression": compression_table(tokenizer, _samples(files)),
+    }
+
+
+def compression_table(
+    tokenizer: TokenizerLike, samples: dict[str, str]
+) -> list[dict[str, str | int | float]]:
+    """One row per kind of text and tokenizer: bytes, tokens, bytes per token."""
+    counters = {"ours": tokenizer.count_tokens}
+    for name, pattern in PUBLISHED.items():
+        if path := _vocabulary_file(name):
+            encoding = tiktoken.Encoding(
+                name,
+                pat_str=pattern,
+                mergeable_ranks=load_tiktoken_bpe(str(path)),
+                special_tokens={},
+            )
+            counters[name] = lambda text, e=encoding: len(e.encode_ordinary(text))
+    rows: list[dict[str, str | int | float]] = []
+    for kind, text in samples.items():
+        num_bytes = len(text.encode())
+        for name, count in counters.items():
+            try:
+                num_tokens = count(text)
+            except SpecError:  # a character that a char vocabulary does not have
+                continue
+            rows.append(
+                {
+                    "text": kind,
+                    "tokenizer": name,
+                    "bytes": num_bytes,
+                    "tokens": num_tokens,
+                    "bytes_per_token": round(num_bytes / max(num_tokens, 1), 3),
+                }
+            )
+    return rows
+
+
+def _samples(files: Any) -> dict[str, str]:
+    """Texts of several kinds; the last two are what the model will read."""
+    return {
+        "English prose": PROSE,
+        "Python code": inspect.getsource(json) + inspect.getsource(textwrap),
+        "numbers": NUMBERS,
+        "other scripts": OTHER_SCRIPTS,
+        "training data": _first_chars(files.train),
+        "validation data": _first_chars(files.val),
+    }
+
+
+def _first_chars(files: Any) -> str:
+    taken: list[str] = []
+    room = SAMPLE_CHARS
+    for text in iter_texts(files):
+        taken.append(text[:room])
+        room -= len(taken[-1])
+        if room <= 0:
+            break
+    return "\n".join(taken)
+
+
+def _vocabulary_file(name: str) -> Path | None:
+    for root in (IMAGE_DATA, nanochat_home() / "data"):
+        path = root / "tokenizers" / f"{name}.tiktoken"
+        if path.is_file():
+            return path
+    return None
+
+
+if __name__ == "__main__":
+    run_stage(STAGE, main)

@@ -1,0 +1,400 @@
+"""The training loop, one visible function, for every stage that trains on tokens.
+
+* A step is the same set of rows whatever the number of ranks and the device batch: gradients are
+  sums over targets, divided by the step's global number of targets.
+* The loop knows no money and no cloud: it looks at RUN/stop.json every step, and where the horizon
+  is the budget it reads how much of it is used.
+* A loss that is not finite, or far above its running mean, rolls back to the last checkpoint and
+  leaves the batch out; what is left out is on disk before the next step.
+"""
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from nanochat.checkpoint import Checkpointer, LoadedCheckpoint, rng_state, set_rng_state
+from nanochat.data import Loader, StepBatch
+from nanochat.distributed import Dist
+from nanochat.gpt import GPT
+from nanochat.metrics import Metrics
+from nanochat.optim import Optimizer
+from nanochat.rundir import Outcome, RunDir, read_json
+from nanochat.scaling import StageNumbers, lr_scale
+from nanochat.spec import TrainStage
+from nanochat.stage import StageFailed
+
+SPIKE_AFTER_STEPS = 20
+"""Losses that the running mean needs before a spike is called one."""
+LOSS_DECAY = 0.95
+PROGRESS_EVERY_S = 0.5
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the loop stands; saved with every checkpoint."""
+
+    step: int = 0
+    batch: int = 0
+    """Batches drawn from the stream: steps and left-out batches."""
+    mean_loss: float | None = None
+    """Exponential running mean of the training loss."""
+    best_bpb: float | None = None
+    best_step: int | None = None
+    looks_since_best: int = 0
+    validated_step: int | None = None
+    last_bpb: float | None = None
+    first_bpb: float | None = None
+    started_fraction: float = 0.0
+    """Share of a budget horizon that was used when the stage began."""
+    trained_s: float = 0.0
+
+
+class Horizon:
+    """How much of the stage is done, from 0 to 1: by steps, or by the budget."""
+
+    def __init__(self, run: RunDir, stage: str, num_steps: int | None) -> None:
+        self._file = run.path / "stages" / f"{stage}.horizon.json"
+        self.num_steps = num_steps
+        self._last = 0.0
+
+    def fraction(self, step: int) -> float:
+        """Share of the horizon before this step; never falls."""
+        if self.num_steps is not None:
+            return step / self.num_steps
+        told = read_json(self._file)
+        if isinstance(told, dict):
+            elapsed_s = max(0.0, time.time() - told["time"])
+            self._last = max(self._last, told["fraction"] + elapsed_s * told["fraction_per_s"])
+        return min(1.0, self._last)
+
+    def after(self, fraction: float, step_s: float) -> float:
+        """Share of the horizon after the step that begins at `fraction`."""
+        if self.num_steps is not None:
+            return fraction + 1.0 / self.num_steps
+        told = read_json(self._file)
+        return fraction + step_s * told["fraction_per_s"] if isinstance(told, dict) else fraction
+
+
+def fit(
+    *,
+    run: RunDir,
+    stage: str,
+    settings: TrainStage,
+    numbers: StageNumbers,
+    model: GPT,
+    train_model: Callable[..., torch.Tensor],
+    optimizer: Optimizer,
+    make_loader: Callable[[dict[str, Any] | None], Loader],
+    validate: Callable[[], float],
+    sample: Callable[[int], None] | None,
+    sample_every_steps: int,
+    checkpointer: Checkpointer,
+    checkpoint_every_s: float,
+    open_metrics: Callable[[int | None], Metrics],
+    dist: Dist,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    flops_per_token: int,
+    peak_flops: float | None,
+) -> Outcome:
+    """Train to the horizon, to a stop or to failure; returns the outcome of the stage.
+
+    train_model is `model`, perhaps compiled. validate returns bits per byte. peak_flops: of one
+    rank, for the MFU; None where it is not known. Raises StageFailed when the training diverges.
+    """
+    horizon = Horizon(run, stage, numbers.num_steps)
+    left_out = {r["batch"] for r in run.resolved("rollback") if r["stage"] == stage}
+    rollbacks = 0
+    at = Position()
+    cursor: dict[str, Any] | None = None
+
+    def state() -> dict[str, Any]:
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+    def save(wait: bool = False) -> None:
+        say("save")
+        checkpointer.save(
+            at.step,
+            state(),
+            {"position": asdict(at), "cursor": cursor},
+            rank_extra={"rng": rng_state()},
+            wait=wait,
+        )
+
+    def load() -> LoadedCheckpoint | None:
+        """Back to the newest whole checkpoint; the stream continues behind its last batch."""
+        nonlocal at, cursor
+        target = state()
+        loaded = checkpointer.load_latest(target)
+        if loaded is not None:
+            optimizer.load_state_dict(target["optimizer"])
+            at, cursor = Position(**loaded.extra["position"]), loaded.extra["cursor"]
+            if loaded.rank_extra is not None:
+                set_rng_state(loaded.rank_extra["rng"])
+        return loaded
+
+    said_s = 0.0
+
+    def say(phase: str, at_once: bool = True, **facts: Any) -> None:
+        nonlocal said_s
+        if dist.is_main and (at_once or time.monotonic() - said_s > PROGRESS_EVERY_S):
+            said_s = time.monotonic()
+            run.write_progress(
+                stage,
+                phase,
+                step=at.step,
+                num_steps=numbers.num_steps,
+                val_bpb=at.last_bpb,
+                **facts,
+            )
+
+    say("load")
+    checkpointer.probe_write()
+    loaded = load()
+    metrics = open_metrics(loaded.step if loaded else None)
+    for skipped in loaded.skipped if loaded else ():
+        metrics.log_event("corrupt_checkpoint", skipped)
+    loader = make_loader(cursor)
+    step_times_s: deque[float] = deque(maxlen=50)
+    saved_s = time.monotonic()
+    facts: dict[str, Any] = {}
+    stalls_s = 0.0
+    first_step = True
+
+    while True:
+        # rank 0 looks at clock, budget and stop file; all ranks then do the same
+        is_due = time.monotonic() - saved_s > checkpoint_every_s
+        decided = (horizon.fraction(at.step), is_due, run.stop_file.exists())
+        fraction, is_due, is_stopping = _from_rank_0(dist, decided)
+        is_last = fraction >= 1.0
+
+        # once in a while: a checkpoint, then the validation loss
+        if at.validated_step != at.step and (is_last or at.step % settings.eval_every_steps == 0):
+            if at.step > 0:
+                save(wait=is_last)
+                saved_s = time.monotonic()
+                stalls_s += checkpointer.last_stall_s or 0.0
+            say("evaluate")
+            bpb = validate()
+            metrics.log_val(at.step, val_bpb=bpb)
+            is_best = at.best_bpb is None or bpb < at.best_bpb
+            at = replace(
+                at,
+                validated_step=at.step,
+                last_bpb=bpb,
+                first_bpb=bpb if at.first_bpb is None else at.first_bpb,
+                best_bpb=bpb if is_best else at.best_bpb,
+                best_step=at.step if is_best else at.best_step,
+                looks_since_best=0 if is_best else at.looks_since_best + 1,
+            )
+            if at.step > 0:
+                checkpointer.note_val_bpb(at.step, bpb)
+            patience = settings.early_stop_patience
+            if patience is not None and at.looks_since_best >= patience:
+                metrics.log_event(
+                    "early_stop",
+                    f"no better val_bpb than {at.best_bpb:.4f} (step {at.best_step}) in "
+                    f"{patience} looks",
+                    step=at.step,
+                )
+                break
+        if is_last:
+            break
+
+        # once in a while: samples
+        if sample is not None and at.step % sample_every_steps == 0:
+            say("sample")
+            sample(at.step)
+
+        # by the clock: a checkpoint
+        if is_due and not is_stopping:
+            save()
+            saved_s = time.monotonic()
+            stalls_s += checkpointer.last_stall_s or 0.0
+
+        # when asked: stop, with a checkpoint where the time is enough for one
+        if is_stopping:
+            checkpointer.wait()
+            if _from_rank_0(dist, (_can_save_in_time(run, checkpointer),))[0]:
+                save(wait=True)
+            loader.close()
+            return Outcome(
+                stage=stage,
+                outcome="stopped",
+                step=at.step,
+                num_steps=numbers.num_steps,
+                message=f"stopped at step {at.step}",
+            )
+
+        # one step
+        say("compile" if first_step else "train", at_once=first_step, **facts)
+        started_s = time.monotonic()
+        waited_s = loader.wait_s
+        batch = next(loader)
+        at = replace(at, batch=at.batch + 1)
+        cursor = batch.cursor
+        if at.batch in left_out:
+            continue
+        scale = lr_scale(fraction, horizon.after(fraction, _median(step_times_s)), settings)
+        loss, grad_norm = _forward_backward(
+            train_model, optimizer, batch, numbers, settings.grad_clip, dist, autocast
+        )
+        if _is_bad(loss, grad_norm, at, settings.spike_factor):
+            rollbacks += 1
+            message = f"loss {loss:.4g}, gradient norm {grad_norm:.4g} at batch {at.batch}"
+            if rollbacks > settings.max_rollbacks:
+                raise StageFailed(
+                    f"{message}: diverged again after {settings.max_rollbacks} roll-backs; try "
+                    f"lower learning rates ({stage}.matrix_lr = {settings.matrix_lr})"
+                )
+            if dist.is_main:
+                run.append_resolved("rollback", stage=stage, batch=at.batch, reason=message)
+            left_out.add(at.batch)
+            metrics.log_event("rollback", f"{message}; the batch is left out", step=at.step)
+            optimizer.zero_grad()
+            loader.close()
+            checkpointer.wait()
+            if load() is None:  # no step has been taken: the weights are as they were
+                at, cursor = replace(at, batch=0), None
+            loader = make_loader(cursor)
+            continue
+        optimizer.set_lr_scale(scale)
+        optimizer.set_momentum(at.step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # what there is to know about it
+        step_s = time.monotonic() - started_s
+        if not first_step:
+            step_times_s.append(step_s)
+        tokens_per_s = numbers.total_batch_size / step_s
+        mean = at.mean_loss
+        at = replace(
+            at,
+            step=at.step + 1,
+            mean_loss=loss if mean is None else LOSS_DECAY * mean + (1 - LOSS_DECAY) * loss,
+            trained_s=at.trained_s + step_s,
+        )
+        mfu = None
+        if peak_flops:
+            mfu = tokens_per_s * flops_per_token / (peak_flops * dist.world_size)
+        if at.step % settings.log_every_steps == 0 or first_step:
+            metrics.log_step(
+                at.step,
+                loss=loss,
+                lr=scale * settings.matrix_lr,
+                lr_scale=scale,
+                grad_norm=grad_norm,
+                tokens_per_s=tokens_per_s,
+                step_s=step_s,
+                mfu=mfu,
+                epoch=batch.epoch,
+                num_tokens=at.step * numbers.total_batch_size,
+                padding=batch.padding,
+                loader_wait_s=loader.wait_s - waited_s,
+                checkpoint_stall_s=stalls_s,
+            )
+        facts = {
+            "loss": round(at.mean_loss or loss, 4),
+            "tokens_per_s": round(numbers.total_batch_size / _median(step_times_s, step_s)),
+            "median_step_s": _median(step_times_s, step_s),
+            "eta_s": _eta_s(horizon, at.step, _median(step_times_s, step_s)),
+        }
+        first_step = False
+
+    checkpointer.wait()
+    loader.close()
+    return Outcome(
+        stage=stage,
+        outcome="done",
+        step=at.step,
+        num_steps=numbers.num_steps,
+        facts={
+            "num_steps": at.step,
+            "num_tokens": at.step * numbers.total_batch_size,
+            "epochs": batch.epoch if at.step and not first_step else None,
+            "val_bpb_first": at.first_bpb,
+            "val_bpb_last": at.last_bpb,
+            "val_bpb_best": at.best_bpb,
+            "best_step": at.best_step,
+            "train_s": at.trained_s,
+            "tokens_per_s": at.step * numbers.total_batch_size / max(at.trained_s, 1e-9),
+            "device_batch_size": numbers.device_batch_size,
+            "grad_accum_steps": numbers.grad_accum_steps,
+            "world_size": dist.world_size,
+            "peak_memory_gib": dist.peak_memory_gib(),
+            "checkpoint_stall_s": stalls_s,
+            "checkpoint_s": checkpointer.last_save_s,
+            "checkpoint_bytes": checkpointer.last_bytes,
+            "loader_wait_s": loader.wait_s,
+            "rollbacks": rollbacks,
+        },
+    )
+
+
+def _forward_backward(
+    train_model: Callable[..., torch.Tensor],
+    optimizer: Optimizer,
+    batch: StepBatch,
+    numbers: StageNumbers,
+    grad_clip: float,
+    dist: Dist,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> tuple[float, float]:
+    """Gradients of the mean loss over the step's targets of all ranks: (loss, gradient norm)."""
+    rows = numbers.device_batch_size
+    total = torch.zeros((), device=dist.device)
+    for start in range(0, len(batch.inputs), rows):
+        inputs, targets, doc_ids = (
+            None if t is None else t[start : start + rows].to(dist.device, non_blocking=True)
+            for t in (batch.inputs, batch.targets, batch.doc_ids)
+        )
+        with autocast():
+            loss = train_model(inputs, targets, doc_ids=doc_ids, reduction="sum")
+        # the optimizer averages over ranks, and each rank holds its share of the targets
+        loss = loss * (dist.world_size / batch.num_targets)
+        loss.backward()
+        total += loss.detach()
+    grad_norm = optimizer.reduce_and_clip(grad_clip)
+    mean = dist.all_reduce_mean(total.double().cpu())
+    return float(mean), float(grad_norm)
+
+
+def _from_rank_0(dist: Dist, values: tuple[float | bool, ...]) -> list[float]:
+    """Rank 0's values, on every rank."""
+    carrier = torch.tensor([float(v) for v in values], dtype=torch.float64)
+    return dist.all_reduce_sum(carrier if dist.is_main else torch.zeros_like(carrier)).tolist()
+
+
+def _is_bad(loss: float, grad_norm: float, at: Position, spike_factor: float) -> bool:
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        return True
+    known = at.mean_loss is not None and at.step >= SPIKE_AFTER_STEPS
+    return known and loss > spike_factor * (at.mean_loss or loss)
+
+
+def _can_save_in_time(run: RunDir, checkpointer: Checkpointer) -> bool:
+    """Whether a save of the measured length ends before the deadline of the stop."""
+    request = run.stop_request()
+    if request is None or checkpointer.last_save_s is None:
+        return True
+    return time.time() + 1.5 * checkpointer.last_save_s < request.deadline_s
+
+
+def _median(times_s: deque[float], otherwise: float = 0.0) -> float:
+    return statistics.median(times_s) if times_s else otherwise
+
+
+def _eta_s(horizon: Horizon, step: int, step_s: float) -> float | None:
+    """Seconds to the end of the stage, evaluations aside."""
+    if horizon.num_steps is None:
+        fraction = horizon.fraction(step)
+        per_s = horizon.after(0.0, 1.0)
+        return (1.0 - fraction) / per_s if per_s > 0 else None
+    return (horizon.num_steps - step) * step_s
