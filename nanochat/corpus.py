@@ -1,0 +1,330 @@
+"""The text on disk: where it lies, how it is made from what a machine has, how it is checked.
+
+* Every source is parquet shards with one column `text`, one row per document, so that one reader
+  does for all of them, and a `data.lock.json` with size and sha256 of each shard.
+* A folder gets its final name only when all of it is written and on disk.
+* `ensure` makes or checks the data (the data_fetch stage); `locate` finds it (every reader).
+  Both look in the image's /opt/nanochat/data first, then in NANOCHAT_HOME/data.
+* embedded: the standard library's own text, split by file (nanochat/embedded.py).
+* text: one UTF-8 file is cut at line ends into blocks of up to 64 Ki characters. A block is a
+  document: order within a block stays as written, blocks are permuted, and evenly spread blocks are
+  held out. CRLF becomes LF; nothing else of the file is changed or dropped.
+* fineweb_edu: web shards that somebody has brought; nothing here opens a connection.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat.embedded import stdlib_split
+from nanochat.rundir import IMAGE_DATA, atomic_write_json, fsync_dir, nanochat_home
+from nanochat.spec import Data, SpecError
+
+LOCK_NAME = "data.lock.json"
+LOCK_FORMAT = 1
+ROWS_PER_GROUP = 128
+SHARD_CHARS = 64 << 20
+BLOCK_CHARS = 65_536
+MIN_BLOCK_CHARS = 1_024
+
+FINEWEB_FOLDER = "fineweb_edu"
+FINEWEB_LAST_SHARD = 1_822
+"""karpathy/fineweb-edu-100b-shuffle has shards 0 to 1822; the last is the validation split."""
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One parquet shard."""
+
+    path: Path
+    size: int
+    """Bytes."""
+    sha256: str | None
+    """None where no lock file knows the shard."""
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """The shards of a source, in the order in which their documents are numbered."""
+
+    train: tuple[DataFile, ...]
+    val: tuple[DataFile, ...]
+
+
+def ensure(data: Data) -> DataFiles:
+    """Make the data of a spec present and check every byte against its lock.
+
+    Idempotent. Damaged embedded or text data is made again. Raises SpecError where data is missing
+    that only a network can bring, or is not what its lock says.
+    """
+    if data.source == "fineweb_edu":
+        files = locate(data)
+        for file in files.train + files.val:
+            if damage := _damage(file, deep=True):
+                raise SpecError(f"{damage}. Delete it and fetch it again: nanochat fetch @CONFIG")
+        return files
+    for root in _roots():
+        folder = root / _folder_name(data)
+        files_here = _read_lock(folder)
+        if files_here and not any(_damage(f, deep=True) for f in files_here.train + files_here.val):
+            return files_here
+    return _make(data, _roots()[-1] / _folder_name(data))
+
+
+def locate(data: Data) -> DataFiles:
+    """Find the data of a spec; sizes are checked. Raises SpecError that says how to bring it."""
+    if data.source == "fineweb_edu":
+        return _locate_fineweb(data.num_shards)
+    for root in _roots():
+        files = _read_lock(root / _folder_name(data))
+        if files and not any(_damage(f, deep=False) for f in files.train + files.val):
+            return files
+    raise SpecError(
+        f'the data of source = "{data.source}" is not there (looked for {_folder_name(data)} in '
+        f"{_roots_text()}); run the stage data_fetch first"
+    )
+
+
+def iter_texts(files: Sequence[DataFile]) -> Iterator[str]:
+    """The documents of some shards in the order in which they stand there."""
+    for file in files:
+        with pq.ParquetFile(file.path) as parquet:
+            for batch in parquet.iter_batches(batch_size=ROWS_PER_GROUP, columns=["text"]):
+                yield from batch.column(0).to_pylist()
+
+
+# -- places
+
+
+def _roots() -> list[Path]:
+    """Folders that hold sources, in the order in which they are looked at; the last is written."""
+    return [IMAGE_DATA, nanochat_home() / "data"]
+
+
+def _roots_text() -> str:
+    return " and ".join(str(root) for root in _roots())
+
+
+def _folder_name(data: Data) -> str:
+    """Folder of a source below a root: the contents follow from the name."""
+    held_out = f"val{data.val_fraction:g}"
+    if data.source == "embedded":
+        return f"embedded/{held_out}"
+    assert data.path is not None
+    path = Path(data.path)
+    if not path.is_file():
+        return _folder_of_vanished_text(data.path, held_out)
+    return f"text/{path.stem}-{_sha256(path)[:12]}-{held_out}"
+
+
+def _folder_of_vanished_text(path: str, held_out: str) -> str:
+    """The folder that was made from a text file that is not on this machine (any more)."""
+    for root in _roots():
+        for lock in sorted(root.glob(f"text/*-{held_out}/{LOCK_NAME}")):
+            if json.loads(lock.read_text())["origin"] == path:
+                return str(lock.parent.relative_to(root))
+    raise SpecError(
+        f"data.path = {path!r} is no file, and no shards made from it lie in {_roots_text()}; "
+        "give the path of the text file (relative paths start where the command is run)"
+    )
+
+
+def _locate_fineweb(num_shards: int) -> DataFiles:
+    if num_shards > FINEWEB_LAST_SHARD:
+        raise SpecError(
+            f"data.num_shards = {num_shards}: fineweb_edu has {FINEWEB_LAST_SHARD} training shards"
+        )
+    wanted = [f"shard_{i:05d}.parquet" for i in (*range(num_shards), FINEWEB_LAST_SHARD)]
+    known: dict[str, DataFile] = {}
+    for root in reversed(_roots()):
+        folder = root / FINEWEB_FOLDER
+        locked = _lock_entries(folder)
+        for name in wanted:
+            path = folder / name
+            if path.is_file():
+                entry = locked.get(name, {})
+                size = entry.get("size", path.stat().st_size)
+                known[name] = DataFile(path, size, entry.get("sha256"))
+    if missing := [name for name in wanted if name not in known]:
+        shown = ", ".join(missing[:4]) + (", …" if len(missing) > 4 else "")
+        raise SpecError(
+            f"{len(missing)} of the {len(wanted)} shards of fineweb_edu are missing ({shown}; "
+            f"looked in {_roots_text()}, folder {FINEWEB_FOLDER}). Bring them on a machine with "
+            "network: nanochat fetch @CONFIG"
+        )
+    for file in known.values():
+        if damage := _damage(file, deep=False):
+            raise SpecError(f"{damage}. Delete it and fetch it again: nanochat fetch @CONFIG")
+    return DataFiles(tuple(known[name] for name in wanted[:-1]), (known[wanted[-1]],))
+
+
+# -- locks
+
+
+def _lock_entries(folder: Path) -> dict[str, Any]:
+    """`files` of a folder's lock: name -> {size, sha256, split, …}; empty without a lock."""
+    try:
+        lock = json.loads((folder / LOCK_NAME).read_text(encoding="utf-8"))
+        return dict(lock["files"])
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise SpecError(f"{folder / LOCK_NAME} cannot be read ({e}); delete that folder") from None
+
+
+def _read_lock(folder: Path) -> DataFiles | None:
+    """The files of a folder as its lock says, or None where there is no lock."""
+    entries = _lock_entries(folder)
+    if not entries:
+        return None
+    files = {
+        split: tuple(
+            DataFile(folder / name, entry["size"], entry["sha256"])
+            for name, entry in sorted(entries.items())
+            if entry["split"] == split
+        )
+        for split in ("train", "val")
+    }
+    return DataFiles(files["train"], files["val"])
+
+
+def _damage(file: DataFile, deep: bool) -> str | None:
+    """What is wrong with a shard, or None; `deep` reads all of it."""
+    try:
+        size = file.path.stat().st_size
+    except FileNotFoundError:
+        return f"{file.path} is missing"
+    if size != file.size:
+        return f"{file.path} has {size} bytes, its lock says {file.size}"
+    if deep and file.sha256 is not None and _sha256(file.path) != file.sha256:
+        return f"{file.path} does not have the sha256 of its lock"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# -- making
+
+
+def _make(data: Data, folder: Path) -> DataFiles:
+    """Write shards and lock beside `folder`, then rename; a damaged folder is replaced."""
+    facts: dict[str, Any]
+    if data.source == "embedded":
+        train, val = stdlib_split(data.val_fraction)
+        facts = {"python": platform.python_version()}
+        documents: dict[str, Iterator[str]] = {"train": iter(train), "val": iter(val)}
+    else:
+        assert data.path is not None
+        cut = _BlockCut(Path(data.path), data.val_fraction)
+        facts = {"origin": data.path, "block_chars": cut.block_chars}
+        documents = {"train": cut.blocks(val=False), "val": cut.blocks(val=True)}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as e:
+        raise SpecError(
+            f"{folder.parent} cannot be written ({e.strerror}); set NANOCHAT_HOME to a place that "
+            "can be"
+        ) from None
+    try:
+        entries: dict[str, Any] = {}
+        for split, texts in documents.items():
+            entries.update(_write_shards(staged, split, texts))
+        lock = {"format": LOCK_FORMAT, "source": data.source, "val_fraction": data.val_fraction}
+        atomic_write_json(staged / LOCK_NAME, {**lock, **facts, "files": entries})
+        _put_in_place(staged, folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    files = _read_lock(folder)
+    assert files is not None
+    return files
+
+
+def _write_shards(folder: Path, split: str, texts: Iterator[str]) -> dict[str, Any]:
+    """Write documents as SPLIT_00000.parquet, …; the lock entries of the shards."""
+    entries: dict[str, Any] = {}
+    for index, shard in enumerate(_shards(texts)):
+        name = f"{split}_{index:05d}.parquet"
+        path = folder / name
+        table = pa.table({"text": pa.array(shard, pa.string())})
+        pq.write_table(table, path, row_group_size=ROWS_PER_GROUP, compression="zstd")
+        with open(path, "rb") as f:
+            os.fsync(f.fileno())
+        entries[name] = {
+            "split": split,
+            "size": path.stat().st_size,
+            "sha256": _sha256(path),
+            "num_documents": len(shard),
+            "num_chars": sum(map(len, shard)),
+        }
+    return entries
+
+
+def _shards(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Group documents into lists of about SHARD_CHARS characters."""
+    shard: list[str] = []
+    chars = 0
+    for text in texts:
+        shard.append(text)
+        chars += len(text)
+        if chars >= SHARD_CHARS:
+            yield shard
+            shard, chars = [], 0
+    if shard:
+        yield shard
+
+
+def _put_in_place(staged: Path, folder: Path) -> None:
+    """Rename a whole folder; one that stands there is damaged or was made at the same moment."""
+    if folder.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        os.replace(folder, old)
+        shutil.rmtree(old, ignore_errors=True)
+    fsync_dir(staged)
+    os.replace(staged, folder)
+    fsync_dir(folder.parent)
+
+
+class _BlockCut:
+    """Cuts one text file into blocks and holds out every k-th of them."""
+
+    def __init__(self, path: Path, val_fraction: float) -> None:
+        self._path = path
+        size = path.stat().st_size
+        if size < 2 * MIN_BLOCK_CHARS:
+            raise SpecError(
+                f"data.path = {str(path)!r} has {size} bytes; at least {2 * MIN_BLOCK_CHARS} are "
+                "needed for a training and a validation split"
+            )
+        # a hundred blocks or more, so that a small file still has a validation split
+        self.block_chars = min(BLOCK_CHARS, max(MIN_BLOCK_CHARS, size // 128))
+        self._every = max(2, round(1 / val_fraction))
+
+    def blocks(self, val: bool) -> Iterator[str]:
+        """Blocks of one split. Raises SpecError where the file is not UTF-8."""
+        with open(self._path, encoding="utf-8-sig") as f:
+            index = 0
+            try:
+                while block := f.read(self.block_chars):
+                    block += f.readline(self.block_chars)
+                    if (index % self._every == 1) == val:
+                        yield block
+                    index += 1
+            except UnicodeDecodeError as e:
+                raise SpecError(
+                    f"{self._path} is not UTF-8 after about {index * self.block_chars} characters "
+                    f"({e.reason}); convert it first, for example with iconv"
+                ) from None

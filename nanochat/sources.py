@@ -1,0 +1,240 @@
+"""Where documents come from: a seeded order for every epoch, and random access to it.
+
+* A source holds `num_documents` documents and gives any range of an epoch's order by position. That
+  is all the loader needs to resume: it asks for the position where it stopped, nothing is replayed.
+* Every document starts with <|bos|>, so the token after a document's last one is known without the
+  next document.
+* Orders come from numpy's RandomState, whose streams are frozen (NEP 19): a run continues in the
+  same order under another version of numpy. `seed=None` is the order on disk (validation).
+* `fetch` may be called from several threads at a time.
+"""
+
+import functools
+import hashlib
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat.corpus import DataFile
+from nanochat.spec import SpecError
+
+WINDOW_ROW_GROUPS = 8
+"""Documents are permuted among this many row groups: about 40 MB of web text in memory."""
+TOKENIZE_AT_ONCE = 64
+"""Documents of one tokenizer call: some 50,000 tokens of web text, about 20 ms of one core."""
+
+
+class TextTokenizer(Protocol):
+    """What of a tokenizer is used here."""
+
+    @property
+    def bos_id(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode_batch(
+        self, texts: Sequence[str], num_threads: int = 1, prepend_bos: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Consecutive documents of an epoch's order."""
+
+    ids: np.ndarray
+    """int64 [n]: number of the document in its source, the same in every epoch."""
+    tokens: list[np.ndarray]
+    """n integer arrays; the first token of each is <|bos|>."""
+    masks: list[np.ndarray] | None = None
+    """n uint8 arrays beside `tokens`, 1 where a token is a target; None: all are."""
+
+
+class Source(Protocol):
+    """A fixed set of documents with an order per epoch."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs when the documents, their tokens or their order would."""
+
+    @property
+    def num_documents(self) -> int: ...
+
+    @property
+    def bos_id(self) -> int: ...
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether `fetch` is worth a worker thread."""
+
+    def fetch(self, epoch: int, start: int, stop: int) -> Documents:
+        """Documents at positions start to stop (exclusive) of an epoch's order."""
+
+
+def permutation(n: int, seed: int | None, *parts: int) -> np.ndarray:
+    """int64 [n]: the numbers below n, permuted by seed and parts; in order without a seed."""
+    if seed is None:
+        return np.arange(n, dtype=np.int64)
+    return np.random.RandomState([seed, *parts]).permutation(n)
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _shard_facts(files: Sequence[DataFile]) -> list[tuple[str, int, str | None]]:
+    return [(file.path.name, file.size, file.sha256) for file in files]
+
+
+class ParquetSource:
+    """Text in parquet shards, tokenized when it is asked for.
+
+    Row groups are permuted over all shards, documents within windows of WINDOW_ROW_GROUPS of them.
+    Raises SpecError where a shard cannot be read or has no column `text`.
+    """
+
+    is_slow = True
+
+    def __init__(
+        self, files: Sequence[DataFile], tokenizer: TextTokenizer, *, seed: int | None
+    ) -> None:
+        self._files = list(files)
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._order = functools.lru_cache(maxsize=2)(self._make_order)
+        groups = [
+            (file, group, rows)
+            for file in range(len(files))
+            for group, rows in enumerate(_rows_per_group(files[file].path))
+        ]
+        self._groups = [(file, group) for file, group, _ in groups]
+        self._group_rows = np.array([rows for _, _, rows in groups], dtype=np.int64)
+        self._group_first = np.cumsum(self._group_rows) - self._group_rows
+        self.num_documents = int(self._group_rows.sum())
+        self.bos_id = tokenizer.bos_id
+        self.fingerprint = _digest("parquet", _shard_facts(files), tokenizer.fingerprint, seed)
+        self._windows: dict[tuple[int, int], tuple[np.ndarray, pa.Array]] = {}
+        self._loading = threading.Lock()
+
+    def fetch(self, epoch: int, start: int, stop: int) -> Documents:
+        ids: list[np.ndarray] = []
+        texts: list[str] = []
+        _, firsts = self._order(epoch)
+        while start < stop:
+            window = int(np.searchsorted(firsts, start, side="right")) - 1
+            first, end = int(firsts[window]), int(firsts[window + 1])
+            window_ids, window_texts = self._window(epoch, window)
+            wanted = slice(start - first, min(stop, end) - first)
+            ids.append(window_ids[wanted])
+            texts += window_texts[wanted].to_pylist()
+            start = min(stop, end)
+        flat, offsets = self._tokenizer.encode_batch(texts, prepend_bos=True)
+        bounds = offsets.tolist()
+        tokens = [flat[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        return Documents(np.concatenate(ids) if ids else np.zeros(0, np.int64), tokens)
+
+    def _make_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(permuted row groups, position of each window's first document and of the end)."""
+        order = permutation(len(self._groups), self._seed, epoch)
+        ends = np.cumsum(self._group_rows[order])
+        firsts = np.concatenate([[0], ends[WINDOW_ROW_GROUPS - 1 : -1 : WINDOW_ROW_GROUPS]])
+        return order, np.append(firsts, self.num_documents)
+
+    def _window(self, epoch: int, window: int) -> tuple[np.ndarray, pa.Array]:
+        """(ids, texts) of a window in their order; the last two windows stay in memory."""
+        key = (epoch, window)
+        found = self._windows.get(key)
+        if found is not None:
+            return found
+        with self._loading:
+            if key not in self._windows:
+                while len(self._windows) > 1:
+                    del self._windows[next(iter(self._windows))]
+                self._windows[key] = self._load_window(epoch, window)
+            return self._windows[key]
+
+    def _load_window(self, epoch: int, window: int) -> tuple[np.ndarray, pa.Array]:
+        first = window * WINDOW_ROW_GROUPS
+        groups = self._order(epoch)[0][first : first + WINDOW_ROW_GROUPS]
+        texts = pa.chunked_array(
+            [chunk for group in groups for chunk in self._read_group(int(group))],
+            type=pa.large_string(),
+        )
+        ids = np.concatenate(
+            [self._group_first[g] + np.arange(self._group_rows[g]) for g in groups]
+        )
+        order = permutation(len(ids), self._seed, epoch, 1 + window)
+        return ids[order], pa.concat_arrays(texts.chunks).take(pa.array(order))
+
+    def _read_group(self, group: int) -> list[pa.Array]:
+        file, group_in_file = self._groups[group]
+        path = self._files[file].path
+        try:
+            with pq.ParquetFile(path) as parquet:
+                column = parquet.read_row_group(group_in_file, columns=["text"]).column(0)
+        except (OSError, pa.ArrowException) as e:
+            raise SpecError(
+                f"{path} cannot be read ({e}); delete it and run the stage data_fetch again"
+            ) from None
+        return list(column.cast(pa.large_string()).chunks)
+
+
+def _rows_per_group(path: Path) -> list[int]:
+    try:
+        with pq.ParquetFile(path) as parquet:
+            metadata = parquet.metadata
+            columns = parquet.schema_arrow.names
+    except (OSError, pa.ArrowException) as e:
+        raise SpecError(
+            f"{path} is no parquet file that can be read ({e}); delete it and run the stage "
+            "data_fetch again"
+        ) from None
+    if "text" not in columns:
+        raise SpecError(f"{path} has no column text (columns: {', '.join(columns)})")
+    return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+
+
+class ConversationSource:
+    """Rendered conversations: (ids, mask) each, mask 1 on the tokens that are targets.
+
+    `rendered` may be any sequence; one that renders in `__getitem__` needs no memory for tokens.
+    """
+
+    is_slow = False
+
+    def __init__(
+        self,
+        rendered: Sequence[tuple[Sequence[int], Sequence[int]]],
+        *,
+        seed: int | None,
+        fingerprint: str | None = None,
+    ) -> None:
+        """`fingerprint` names the conversations; unset, it is made from all of them."""
+        assert len(rendered) > 0
+        self._rendered = rendered
+        self._seed = seed
+        self._order = functools.lru_cache(maxsize=2)(self._make_order)
+        self.num_documents = len(rendered)
+        self.bos_id = int(rendered[0][0][0])
+        named = fingerprint or _digest([[list(map(int, part)) for part in r] for r in rendered])
+        self.fingerprint = _digest("conversations", named, len(rendered), seed)
+
+    def fetch(self, epoch: int, start: int, stop: int) -> Documents:
+        ids = self._order(epoch)[start:stop]
+        rendered = [self._rendered[i] for i in ids.tolist()]
+        tokens = [np.asarray(r[0], dtype=np.int32) for r in rendered]
+        assert all(len(t) > 0 and t[0] == self.bos_id for t in tokens)
+        return Documents(ids, tokens, [np.asarray(r[1], dtype=np.uint8) for r in rendered])
+
+    def _make_order(self, epoch: int) -> np.ndarray:
+        return permutation(self.num_documents, self._seed, epoch)
