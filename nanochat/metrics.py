@@ -74,8 +74,9 @@ class Metrics:
     def log_step(self, step: int, **values: Any) -> None:
         """One optimizer step.
 
-        Known keys: loss (nats per token), lr, grad_norm, tokens_per_s (all ranks), mfu (0 to 1),
-        step_s, loader_wait_s (of this step), checkpoint_stall_s, num_tokens (read so far), epoch.
+        Known keys: loss (nats per target), lr, grad_norm, tokens_per_s (all ranks), mfu (0 to 1),
+        step_s, loader_wait_s (of this step), checkpoint_stall_s (of the stage so far), num_tokens
+        (read so far), epoch.
         The machine's state is added every two seconds; thresholds that are passed become events.
         """
         if self._log is None:
