@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -84,6 +85,7 @@ class Supervisor:
         price: Price,
         num_ranks: int,
         console: Console,
+        command: Callable[[str, Path, int], list[str]] = stage_command,
     ) -> None:
         self.spec = spec
         self.run_dir = run
@@ -91,6 +93,7 @@ class Supervisor:
         self.price = price
         self.num_ranks = num_ranks
         self.console = console
+        self.command = command
         self.lease = Lease(run)
         self.stage: str | None = None
         self.stop_reason: StopReason | None = None
@@ -181,7 +184,7 @@ class Supervisor:
         """One process tree of a stage: its outcome, or None and what happened to it."""
         ranks = self.num_ranks if stage in (*WEIGHT_STAGES, "evaluate") else 1
         env = stage_env(ranks, self.spec.runtime.num_threads)
-        command = stage_command(stage, self.run_dir.path, ranks)
+        command = self.command(stage, self.run_dir.path, ranks)
         self.run_dir.outcome_file(stage).parent.mkdir(exist_ok=True)
         self.run_dir.progress_file(stage).unlink(missing_ok=True)
         process = StageProcess(command, self.run_dir.log_file(stage), env)

@@ -93,22 +93,33 @@ class Optimizer:
         """Muon's momentum from the next step on; see muon_momentum."""
         self.momentum = momentum
 
-    @torch.no_grad()
     def step(self, *, max_grad_norm: float | None = None) -> Tensor:
-        """Average the gradients over ranks, update all weights, and use the gradients up.
+        """`reduce`, then `update`. Returns the global gradient norm, a scalar on the device."""
+        norm = self.reduce(max_grad_norm)
+        self.update()
+        return norm
+
+    @torch.no_grad()
+    def reduce(self, max_grad_norm: float | None = None) -> Tensor:
+        """Average the gradients over ranks and take them from the parameters.
 
         max_grad_norm: scale the gradients down to this global norm where they exceed it.
-        Returns the global gradient norm before that, a scalar on the device.
+        Returns the global gradient norm before that, a scalar on the device. Without `update` the
+        weights stay as they are.
         """
         gradients = [g for group in self.groups for g in group.reduce()]
         norms = torch.stack([n.float() for n in torch._foreach_norm(gradients)])
         norm = self.dist.all_reduce_sum(norms.square().sum()).sqrt()
         if max_grad_norm is not None:
             torch._foreach_mul_(gradients, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Change all weights by the gradients of the last `reduce`."""
         for group in self.groups:
             group.update(group.lr * self.lr_scale, self.momentum, self.num_steps)
         self.num_steps += 1
-        return norm
 
     def zero_grad(self) -> None:
         """Forget gradients that no step has used."""

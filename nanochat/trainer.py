@@ -24,7 +24,7 @@ from nanochat.data import Loader, StepBatch
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT
 from nanochat.metrics import Metrics
-from nanochat.optim import Optimizer
+from nanochat.optim import Optimizer, muon_momentum
 from nanochat.rundir import Outcome, RunDir, read_json
 from nanochat.scaling import StageNumbers, lr_scale
 from nanochat.spec import TrainStage
@@ -257,7 +257,6 @@ def fit(
                 run.append_resolved("rollback", stage=stage, batch=at.batch, reason=message)
             left_out.add(at.batch)
             metrics.log_event("rollback", f"{message}; the batch is left out", step=at.step)
-            optimizer.zero_grad()
             loader.close()
             checkpointer.wait()
             if load() is None:  # no step has been taken: the weights are as they were
@@ -265,9 +264,8 @@ def fit(
             loader = make_loader(cursor)
             continue
         optimizer.set_lr_scale(scale)
-        optimizer.set_momentum(at.step)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.set_momentum(muon_momentum(at.step))
+        optimizer.update()
 
         # what there is to know about it
         step_s = time.monotonic() - started_s
@@ -361,7 +359,7 @@ def _forward_backward(
         loss = loss * (dist.world_size / batch.num_targets)
         loss.backward()
         total += loss.detach()
-    grad_norm = optimizer.reduce_and_clip(grad_clip)
+    grad_norm = optimizer.reduce(grad_clip)
     mean = dist.all_reduce_mean(total.double().cpu())
     return float(mean), float(grad_norm)
 
