@@ -283,12 +283,7 @@ class Checkpointer:
         planner.set_up_planner(tensors, is_coordinator=self.rank == 0)
         local = planner.create_local_plan()
         if any(self._ranks.gather(local != self._local_plan)):
-            plans: list[SavePlan] = []
-            locals_ = self._ranks.gather(local)
-            try:
-                plans, _ = planner.create_global_plan(locals_)
-            except ValueError as e:
-                raise CheckpointError(f"the ranks' states do not fit together: {e}") from None
+            plans, _ = planner.create_global_plan(self._ranks.gather(local))
             self._local_plan, self._plan = local, plans[self.rank]
             self._total_bytes = sum(plan_bytes(plan.items) for plan in plans)
             self._buffers = {}

@@ -58,6 +58,10 @@ DTYPE_NAMES = {
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
+INDEX_BYTES = 512
+"""Room for the entries of one box in the header of its file and in state.json."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A box of a tensor and the place of its bytes."""
@@ -192,8 +196,8 @@ def write_shards(
 
 
 def plan_bytes(items: list[WriteItem]) -> int:
-    """Bytes of the tensors of a plan."""
-    return sum(math.prod(_box(i).sizes) * _dtype(i).itemsize for i in items)
+    """Bytes that a plan takes on the disk; its part of the indices is an upper bound."""
+    return sum(math.prod(_box(i).sizes) * _dtype(i).itemsize + INDEX_BYTES for i in items)
 
 
 def build_index(written: list[WrittenFiles]) -> Index:
