@@ -13,11 +13,8 @@
 """
 
 import hashlib
-import json
 import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.embedded import stdlib_split
-from nanochat.rundir import IMAGE_DATA, atomic_write_json, fsync_dir, nanochat_home
+from nanochat.folders import make_folder
+from nanochat.rundir import IMAGE_DATA, atomic_write_json, nanochat_home, read_json
 from nanochat.spec import Data, SpecError
 
 LOCK_NAME = "data.lock.json"
@@ -64,8 +62,9 @@ class DataFiles:
 def ensure(data: Data) -> DataFiles:
     """Make the data of a spec present and check every byte against its lock.
 
-    Idempotent. Damaged embedded or text data is made again. Raises SpecError where data is missing
-    that only a network can bring, or is not what its lock says.
+    May be called again and by several processes at a time. Damaged embedded or text data is made
+    again. Raises SpecError where data is missing that only a network can bring, or is not what its
+    lock says.
     """
     if data.source == "fineweb_edu":
         files = locate(data)
@@ -73,24 +72,23 @@ def ensure(data: Data) -> DataFiles:
             if damage := _damage(file, deep=True):
                 raise SpecError(f"{damage}. Delete it and fetch it again: nanochat fetch @CONFIG")
         return files
+    name = _folder_name(data)
     for root in _roots():
-        folder = root / _folder_name(data)
-        files_here = _read_lock(folder)
-        if files_here and not any(_damage(f, deep=True) for f in files_here.train + files_here.val):
-            return files_here
-    return _make(data, _roots()[-1] / _folder_name(data))
+        if _is_whole(root / name):
+            return _locked_files(root / name)
+    return _make(data, _roots()[-1] / name)
 
 
 def locate(data: Data) -> DataFiles:
     """Find the data of a spec; sizes are checked. Raises SpecError that says how to bring it."""
     if data.source == "fineweb_edu":
         return _locate_fineweb(data.num_shards)
+    name = _folder_name(data)
     for root in _roots():
-        files = _read_lock(root / _folder_name(data))
-        if files and not any(_damage(f, deep=False) for f in files.train + files.val):
-            return files
+        if _is_whole(root / name, deep=False):
+            return _locked_files(root / name)
     raise SpecError(
-        f'the data of source = "{data.source}" is not there (looked for {_folder_name(data)} in '
+        f'the data of source = "{data.source}" is not there, or not whole (looked for {name} in '
         f"{_roots_text()}); run the stage data_fetch first"
     )
 
@@ -124,14 +122,18 @@ def _folder_name(data: Data) -> str:
     path = Path(data.path)
     if not path.is_file():
         return _folder_of_vanished_text(data.path, held_out)
-    return f"text/{path.stem}-{_sha256(path)[:12]}-{held_out}"
+    try:
+        return f"text/{path.stem}-{_sha256(path)[:12]}-{held_out}"
+    except OSError as e:
+        raise SpecError(f"data.path = {data.path!r} cannot be read ({e.strerror})") from None
 
 
 def _folder_of_vanished_text(path: str, held_out: str) -> str:
     """The folder that was made from a text file that is not on this machine (any more)."""
     for root in _roots():
         for lock in sorted(root.glob(f"text/*-{held_out}/{LOCK_NAME}")):
-            if json.loads(lock.read_text())["origin"] == path:
+            found = read_json(lock)
+            if isinstance(found, dict) and found.get("origin") == path:
                 return str(lock.parent.relative_to(root))
     raise SpecError(
         f"data.path = {path!r} is no file, and no shards made from it lie in {_roots_text()}; "
@@ -149,6 +151,8 @@ def _locate_fineweb(num_shards: int) -> DataFiles:
     for root in reversed(_roots()):
         folder = root / FINEWEB_FOLDER
         locked = _lock_entries(folder)
+        if not locked and (folder / LOCK_NAME).exists():
+            raise SpecError(f"{folder / LOCK_NAME} is damaged; delete it and fetch again")
         for name in wanted:
             path = folder / name
             if path.is_file():
@@ -172,21 +176,14 @@ def _locate_fineweb(num_shards: int) -> DataFiles:
 
 
 def _lock_entries(folder: Path) -> dict[str, Any]:
-    """`files` of a folder's lock: name -> {size, sha256, split, …}; empty without a lock."""
-    try:
-        lock = json.loads((folder / LOCK_NAME).read_text(encoding="utf-8"))
-        return dict(lock["files"])
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise SpecError(f"{folder / LOCK_NAME} cannot be read ({e}); delete that folder") from None
+    """`files` of a folder's lock: name -> {size, sha256, …}; empty without a readable lock."""
+    lock = read_json(folder / LOCK_NAME)
+    return lock.get("files", {}) if isinstance(lock, dict) else {}
 
 
-def _read_lock(folder: Path) -> DataFiles | None:
-    """The files of a folder as its lock says, or None where there is no lock."""
+def _locked_files(folder: Path) -> DataFiles:
+    """The files of a folder as its lock says."""
     entries = _lock_entries(folder)
-    if not entries:
-        return None
     files = {
         split: tuple(
             DataFile(folder / name, entry["size"], entry["sha256"])
@@ -196,6 +193,13 @@ def _read_lock(folder: Path) -> DataFiles | None:
         for split in ("train", "val")
     }
     return DataFiles(files["train"], files["val"])
+
+
+def _is_whole(folder: Path, deep: bool = True) -> bool:
+    """Whether a folder has a lock and what it says; `deep` reads every byte."""
+    files = _locked_files(folder)
+    every = files.train + files.val
+    return bool(every) and not any(_damage(file, deep) for file in every)
 
 
 def _damage(file: DataFile, deep: bool) -> str | None:
@@ -220,7 +224,7 @@ def _sha256(path: Path) -> str:
 
 
 def _make(data: Data, folder: Path) -> DataFiles:
-    """Write shards and lock beside `folder`, then rename; a damaged folder is replaced."""
+    """Write shards and lock; a damaged folder is replaced."""
     facts: dict[str, Any]
     if data.source == "embedded":
         train, val = stdlib_split(data.val_fraction)
@@ -231,26 +235,16 @@ def _make(data: Data, folder: Path) -> DataFiles:
         cut = _BlockCut(Path(data.path), data.val_fraction)
         facts = {"origin": data.path, "block_chars": cut.block_chars}
         documents = {"train": cut.blocks(val=False), "val": cut.blocks(val=True)}
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as e:
-        raise SpecError(
-            f"{folder.parent} cannot be written ({e.strerror}); set NANOCHAT_HOME to a place that "
-            "can be"
-        ) from None
-    try:
+
+    def fill(staged: Path) -> None:
         entries: dict[str, Any] = {}
         for split, texts in documents.items():
             entries.update(_write_shards(staged, split, texts))
         lock = {"format": LOCK_FORMAT, "source": data.source, "val_fraction": data.val_fraction}
         atomic_write_json(staged / LOCK_NAME, {**lock, **facts, "files": entries})
-        _put_in_place(staged, folder)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    files = _read_lock(folder)
-    assert files is not None
-    return files
+
+    make_folder(folder, fill, _is_whole)
+    return _locked_files(folder)
 
 
 def _write_shards(folder: Path, split: str, texts: Iterator[str]) -> dict[str, Any]:
@@ -285,17 +279,6 @@ def _shards(texts: Iterator[str]) -> Iterator[list[str]]:
             shard, chars = [], 0
     if shard:
         yield shard
-
-
-def _put_in_place(staged: Path, folder: Path) -> None:
-    """Rename a whole folder; one that stands there is damaged or was made at the same moment."""
-    if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        os.replace(folder, old)
-        shutil.rmtree(old, ignore_errors=True)
-    fsync_dir(staged)
-    os.replace(staged, folder)
-    fsync_dir(folder.parent)
 
 
 class _BlockCut:

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,29 +24,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.corpus import DataFile
-from nanochat.spec import SpecError
+from nanochat.rundir import RunDir
+from nanochat.spec import Data, SpecError
+from nanochat.tokencache import TextTokenizer, TokenCache, open_token_cache
 
 WINDOW_ROW_GROUPS = 8
 """Documents are permuted among this many row groups: about 40 MB of web text in memory."""
 TOKENIZE_AT_ONCE = 64
 """Documents of one tokenizer call: some 50,000 tokens of web text, about 20 ms of one core."""
-
-
-class TextTokenizer(Protocol):
-    """What of a tokenizer is used here."""
-
-    @property
-    def bos_id(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def encode_batch(
-        self, texts: Sequence[str], num_threads: int = 1, prepend_bos: bool = False
-    ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @dataclass(frozen=True)
@@ -79,6 +65,34 @@ class Source(Protocol):
 
     def fetch(self, epoch: int, start: int, stop: int) -> Documents:
         """Documents at positions start to stop (exclusive) of an epoch's order."""
+
+
+def make_source(
+    files: Sequence[DataFile],
+    tokenizer: TextTokenizer,
+    data: Data,
+    *,
+    run: RunDir,
+    seed: int | None,
+    num_threads: int = 1,
+) -> Source:
+    """The source that a spec's data section asks for; all ranks may call it at the same time.
+
+    Making the cache is noted as progress of base_train, the stage that reads text. Raises
+    SpecError, see ParquetSource and open_token_cache.
+    """
+    if not data.cache:
+        return ParquetSource(files, tokenizer, seed=seed)
+    said_s = 0.0
+
+    def say(fraction: float) -> None:
+        nonlocal said_s
+        if time.monotonic() - said_s > 1.0:
+            said_s = time.monotonic()
+            run.write_progress("base_train", "tokenize", fraction=round(fraction, 4))
+
+    cache = open_token_cache(files, tokenizer, num_threads=num_threads, on_progress=say)
+    return TokenCacheSource(cache, tokenizer.bos_id, seed=seed)
 
 
 def permutation(n: int, seed: int | None, *parts: int) -> np.ndarray:
@@ -204,6 +218,29 @@ def _rows_per_group(path: Path) -> list[int]:
     return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
 
 
+class TokenCacheSource:
+    """Tokens from the cache on disk; documents are permuted over the whole source."""
+
+    is_slow = False
+
+    def __init__(self, cache: TokenCache, bos_id: int, *, seed: int | None) -> None:
+        self._tokens = cache.tokens
+        self._offsets = cache.offsets
+        self._seed = seed
+        self._order = functools.lru_cache(maxsize=2)(self._make_order)
+        self.num_documents = len(cache.offsets) - 1
+        self.bos_id = bos_id
+        self.fingerprint = _digest("cache", cache.key, seed)
+
+    def fetch(self, epoch: int, start: int, stop: int) -> Documents:
+        ids = self._order(epoch)[start:stop]
+        firsts, ends = self._offsets[ids].tolist(), self._offsets[ids + 1].tolist()
+        return Documents(ids, [self._tokens[a:b] for a, b in zip(firsts, ends, strict=True)])
+
+    def _make_order(self, epoch: int) -> np.ndarray:
+        return permutation(self.num_documents, self._seed, epoch)
+
+
 class ConversationSource:
     """Rendered conversations: (ids, mask) each, mask 1 on the tokens that are targets.
 
@@ -216,16 +253,16 @@ class ConversationSource:
         self,
         rendered: Sequence[tuple[Sequence[int], Sequence[int]]],
         *,
+        bos_id: int,
         seed: int | None,
         fingerprint: str | None = None,
     ) -> None:
         """`fingerprint` names the conversations; unset, it is made from all of them."""
-        assert len(rendered) > 0
         self._rendered = rendered
         self._seed = seed
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
         self.num_documents = len(rendered)
-        self.bos_id = int(rendered[0][0][0])
+        self.bos_id = bos_id
         named = fingerprint or _digest([[list(map(int, part)) for part in r] for r in rendered])
         self.fingerprint = _digest("conversations", named, len(rendered), seed)
 
@@ -238,3 +275,8 @@ class ConversationSource:
 
     def _make_order(self, epoch: int) -> np.ndarray:
         return permutation(self.num_documents, self._seed, epoch)
+
+    @functools.cached_property
+    def num_tokens(self) -> int:
+        """Tokens of all conversations, <|bos|> included."""
+        return sum(len(ids) for ids, _ in self._rendered)

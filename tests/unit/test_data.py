@@ -20,6 +20,7 @@ from nanochat.data import IGNORE_INDEX, Loader, StepBatch, flat_tokens, validati
 from nanochat.packing import BUFFER_PIECES
 from nanochat.sources import ConversationSource, Documents, ParquetSource, permutation
 from nanochat.spec import SpecError
+from tests.unit.byte_tokenizer import ByteTokenizer
 
 BOS = 0
 STRIDE = 1000
@@ -48,21 +49,6 @@ class NumberedSource:
     def tokens_of_an_epoch(self) -> Counter[int]:
         fetched = self.fetch(0, 0, self.num_documents)
         return Counter(np.concatenate(fetched.tokens).tolist())
-
-
-class ByteTokenizer:
-    """One token per byte, <|bos|> is 256."""
-
-    bos_id = 256
-    vocab_size = 257
-    fingerprint = "bytes"
-
-    def encode_batch(
-        self, texts: Sequence[str], num_threads: int = 1, prepend_bos: bool = False
-    ) -> tuple[np.ndarray, np.ndarray]:
-        encoded = [[self.bos_id] * prepend_bos + list(text.encode()) for text in texts]
-        offsets = np.cumsum([0] + [len(e) for e in encoded]).astype(np.int64)
-        return np.array([t for e in encoded for t in e], dtype=np.int32), offsets
 
 
 def steps(source: object, num_steps: int, **options: object) -> list[StepBatch]:
@@ -312,7 +298,8 @@ def test_conversations_train_on_masked_in_tokens_only(packing: str) -> None:
         ([BOS, 10 * i + 1, 10 * i + 2, 10 * i + 3, 10 * i + 4], [0, 0, 0, 1, 1])
         for i in range(1, 40)
     ]
-    source = ConversationSource(rendered, seed=2)
+    source = ConversationSource(rendered, bos_id=BOS, seed=2)
+    assert source.num_tokens == 39 * 5
     batches = steps(source, 3, seq_len=11, rows_per_step=6, packing=packing)
     wanted = {token for ids, _ in rendered for token in ids[3:]}
     for batch in batches:
