@@ -16,8 +16,11 @@ import sysconfig
 from typing import Any
 
 
-class OfflineError(ConnectionError):
-    """A connection was attempted although the run is offline; names the caller."""
+class OfflineError(RuntimeError):
+    """A connection was attempted although the run is offline; names the caller.
+
+    No OSError, because libraries catch those, wait and try again.
+    """
 
 
 def install_guard() -> None:

@@ -1,0 +1,44 @@
+"""A stage for the supervisor's tests: does what FAKE_STAGE (a JSON plan) tells it per attempt.
+
+`fake_stage.py STAGE RUN_DIR`; the plan maps a stage to a list of acts, one per attempt:
+done, stopped_when_asked, fail:CODE, die, hang, refit, ignore_stop.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from nanochat.rundir import Outcome, RunDir, append_jsonl
+
+stage, run = sys.argv[1], RunDir(Path(sys.argv[2]))
+tries = run.path / f"{stage}.tries"
+attempt = int(tries.read_text()) if tries.exists() else 0
+tries.write_text(str(attempt + 1))
+acts = json.loads(os.environ["FAKE_STAGE"])[stage]
+act = acts[min(attempt, len(acts) - 1)]
+append_jsonl(run.path / "acts.jsonl", {"stage": stage, "act": act, "pid": os.getpid()})
+run.write_progress(stage, "train", step=1, median_step_s=0.01)
+
+if act == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+elif act == "hang":
+    signal.pause()
+elif act == "ignore_stop":
+    while True:
+        run.write_progress(stage, "train", step=1)
+        time.sleep(0.05)
+elif act == "stopped_when_asked":
+    while run.stop_request() is None:
+        run.write_progress(stage, "train", step=1)
+        time.sleep(0.02)
+    run.write_outcome(Outcome(stage=stage, outcome="stopped", step=7))
+elif act.startswith("fail:"):
+    code = int(act.split(":")[1])
+    run.write_outcome(Outcome(stage=stage, outcome="failed", message="because", exit_code=code))
+elif act == "refit":
+    run.write_outcome(Outcome(stage=stage, outcome="refit", message="smaller"))
+else:
+    run.write_outcome(Outcome(stage=stage, outcome="done"))
