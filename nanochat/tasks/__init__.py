@@ -9,13 +9,13 @@ from nanochat.spec import SpecError
 from nanochat.tasks.common import Conversation, Example, Split, Task
 from nanochat.tasks.identity import Identity
 from nanochat.tasks.spelling import Spelling
-from nanochat.tasks.synthetic import Arithmetic, Comparison, Copying
+from nanochat.tasks.synthetic import Arithmetic, Copying, Parity
 
 __all__ = ["TASKS", "Conversation", "Example", "Split", "Task", "make_task", "mixture"]
 
 TASKS = {
     "arithmetic": Arithmetic,
-    "comparison": Comparison,
+    "parity": Parity,
     "copying": Copying,
     "identity": Identity,
     "spelling": Spelling,
@@ -25,15 +25,11 @@ TASKS = {
 def make_task(name: str, split: Split, seed: int = 0) -> Task:
     """The task of that name. Raises SpecError, listing the known ones, where there is none."""
     if name not in TASKS:
-        raise SpecError(
-            f"unknown task {name!r}; known tasks: {', '.join(sorted(TASKS))}"
-        )
+        raise SpecError(f"unknown task {name!r}; known tasks: {', '.join(sorted(TASKS))}")
     return TASKS[name](split, seed)
 
 
-def mixture(
-    tasks: Mapping[str, int], split: Split, seed: int = 0
-) -> list[Conversation]:
+def mixture(tasks: Mapping[str, int], split: Split, seed: int = 0) -> list[Conversation]:
     """The first n conversations of each task (`tasks` maps name to n), shuffled by `seed`.
 
     A task with fewer than n examples is passed through as often as n asks for.
@@ -41,7 +37,7 @@ def mixture(
     conversations: list[Conversation] = []
     for name in sorted(tasks):
         task = make_task(name, split, seed)
-        for i in range(tasks[name]):
-            conversations.append(task.example(i % task.num_examples).conversation)
+        indices = (i % task.num_examples for i in range(tasks[name]))
+        conversations += [task.example(i).conversation for i in indices]
     random.Random(seed).shuffle(conversations)
     return conversations

@@ -96,9 +96,7 @@ class GeneratedTask(ABC):
     def example(self, index: int) -> Example:
         """The example at `index`, equal for equal (split, seed, index). Raises IndexError."""
         if not 0 <= index < self.num_examples:
-            raise IndexError(
-                f"{self.name} {self.split} has {self.num_examples} examples: {index}"
-            )
+            raise IndexError(f"{self.name} {self.split} has {self.num_examples} examples: {index}")
         if self.split == "train":
             rng = random.Random(f"{self.name} train {self.seed} {index}")
             return self._draw_from_split(rng).example
@@ -138,9 +136,5 @@ def render_choices(question: str, choices: Sequence[str]) -> str:
     """A multiple-choice prompt. The letter stands after its choice and directly after `=`, so
     that it is the same token here as at the start of the reply."""
     lines = [f"Multiple Choice question: {question}"]
-    lines += [
-        f"- {choice}={letter}" for choice, letter in zip(choices, LETTERS, strict=False)
-    ]
-    return "\n".join(
-        [*lines, "", "Respond only with the letter of the correct answer."]
-    )
+    lines += [f"- {choice}={letter}" for choice, letter in zip(choices, LETTERS, strict=False)]
+    return "\n".join([*lines, "", "Respond only with the letter of the correct answer."])

@@ -50,7 +50,5 @@ class Identity(GeneratedTask):
 
     def draw(self, rng: random.Random) -> Instance:
         answer = rng.choice(tuple(FACTS))
-        question = (
-            rng.choice(GREETINGS) + rng.choice(FACTS[answer]) + rng.choice(ENDINGS)
-        )
+        question = rng.choice(GREETINGS) + rng.choice(FACTS[answer]) + rng.choice(ENDINGS)
         return Instance(question, Example(conversation(question, answer), answer))

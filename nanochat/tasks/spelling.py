@@ -11,26 +11,20 @@ import random
 
 from nanochat.tasks.common import Example, GeneratedTask, Instance, conversation
 
-ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t")
+ONSETS = ("b", "d", "k", "l", "m", "n", "p", "r", "s", "t")
 VOWELS = ("a", "e", "i", "o", "u")
 CODAS = ("", "", "", "l", "m", "n", "r", "s", "t")
 
 
 class Spelling(GeneratedTask):
-    """Spell a word of one to three syllables, letter by letter."""
+    """Spell a word of one or two syllables, letter by letter."""
 
     name = "spelling"
 
     def draw(self, rng: random.Random) -> Instance:
-        num_syllables = rng.randint(1, 3)
-        word = "".join(
-            rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(num_syllables)
-        )
+        num_syllables = rng.randint(1, 2)
+        word = "".join(rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(num_syllables))
         word += rng.choice(CODAS)
-        wording = rng.choice(
-            ("Spell the word {}.", "How is {} spelled?", "Spell {}, please.")
-        )
+        wording = rng.choice(("Spell the word {}.", "How is {} spelled?", "Spell {}, please."))
         answer = " ".join(word)
-        return Instance(
-            word, Example(conversation(wording.format(word), answer), answer)
-        )
+        return Instance(word, Example(conversation(wording.format(word), answer), answer))

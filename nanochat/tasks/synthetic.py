@@ -2,7 +2,7 @@
 
 - `copying`: repeat a short row of letters and digits.
 - `arithmetic`: sums, differences and products, worked out with the calculator.
-- `comparison`: which of two numbers is larger, as a multiple choice.
+- `parity`: is a number even or odd, as a multiple choice.
 
 Words and symbols keep their blanks in question and reply, so that the tokenizer cuts both the same
 way and what is to be copied is a row of equal tokens.
@@ -25,12 +25,12 @@ SYMBOLS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
 class Copying(GeneratedTask):
-    """Repeat a row of 2 to 6 symbols: `Repeat: k 7 b` -> `k 7 b`."""
+    """Repeat a row of 2 to 5 symbols: `Repeat: k 7 b` -> `k 7 b`."""
 
     name = "copying"
 
     def draw(self, rng: random.Random) -> Instance:
-        row = " ".join(rng.choice(SYMBOLS) for _ in range(rng.randint(2, 6)))
+        row = " ".join(rng.choice(SYMBOLS) for _ in range(rng.randint(2, 5)))
         wording = rng.choice(("Repeat: {}", "Say this again: {}", "Copy: {}"))
         example = Example(conversation(wording.format(row), row), row)
         return Instance(row, example)
@@ -61,17 +61,17 @@ class Arithmetic(GeneratedTask):
         return Instance(f"{low} {sign} {top}", example)
 
 
-class Comparison(GeneratedTask):
-    """Which of two numbers is larger, with the letters A and B."""
+class Parity(GeneratedTask):
+    """Is a number of up to three digits even or odd, with the letters A and B."""
 
-    name = "comparison"
+    name = "parity"
     kind = "choice"
     chance = 0.5
+    num_test = 64
 
     def draw(self, rng: random.Random) -> Instance:
-        pair = rng.sample(range(100), 2)
-        prompt = render_choices("Which number is larger?", [str(n) for n in pair])
-        answer = LETTERS[pair.index(max(pair))]
+        number = rng.randrange(1000)
+        prompt = render_choices(f"Is {number} even or odd?", ["even", "odd"])
+        answer = LETTERS[number % 2]
         example = Example(conversation(prompt, answer), answer, tuple(LETTERS[:2]))
-        low, top = sorted(pair)
-        return Instance(f"{low} {top}", example)
+        return Instance(str(number), example)
