@@ -10,12 +10,12 @@
 * The batches follow from source, seq_len, rows_per_step, packing and cursor alone, not from timing.
 """
 
+import os
 import queue
 import threading
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -25,12 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat.packing import Document, Packer, Row, make_packer, num_row_targets, write_row
-from nanochat.sources import TOKENIZE_AT_ONCE, Documents, Source
+from nanochat.packing import Packer, Row, make_packer, num_row_targets, write_row
+from nanochat.sources import Source, document_stream, refetch
 from nanochat.spec import SpecError
 
 IGNORE_INDEX = -100
-MAX_FETCHES_AHEAD = 256
+MAX_WORKERS = 4
+"""Every rank tokenizes the whole stream to know where its rows begin (the cache spares it that)."""
 
 
 @dataclass
@@ -74,15 +75,16 @@ class Loader:
         world_size: int = 1,
         packing: str = "continuous",
         cursor: dict[str, Any] | None = None,
-        num_workers: int = 1,
+        num_workers: int | None = None,
         num_ahead: int = 2,
         pin_memory: bool = False,
     ) -> None:
         """Start at `cursor`, or at the beginning without one.
 
-        `num_workers` threads tokenize where the source is slow; `num_ahead` finished steps wait at
-        most (0: everything happens in the caller, for tests). Raises SpecError where the source is
-        empty or the cursor belongs to other data, another packing or another seq_len.
+        `num_workers` threads tokenize where the source is slow (unset: what the cores allow);
+        `num_ahead` finished steps wait at most (0: everything happens in the caller, for tests).
+        Raises SpecError where the source is empty or the cursor belongs to other data, another
+        packing or another seq_len.
         """
         assert rows_per_step % world_size == 0 and 0 <= rank < world_size
         if source.num_documents == 0:
@@ -90,7 +92,9 @@ class Loader:
         self.wait_s = 0.0
         """Seconds that the caller has waited for batches."""
         self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(num_workers) if source.is_slow and num_ahead else None
+        self._pool: ThreadPoolExecutor | None = None
+        if source.is_slow and num_ahead > 0:
+            self._pool = ThreadPoolExecutor(num_workers or _num_workers(world_size))
         steps = _Steps(
             source=source,
             seq_len=seq_len,
@@ -134,6 +138,11 @@ class Loader:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _num_workers(world_size: int) -> int:
+    """Tokenizer threads of one rank: half of its cores, at most MAX_WORKERS."""
+    return max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // (2 * world_size)))
 
 
 def _shut_down(stop: threading.Event, pool: ThreadPoolExecutor | None) -> None:
@@ -195,7 +204,7 @@ class _Steps:
             ahead_tokens=2 * rows_per_step * seq_len,
         )
         self._packer: Packer = make_packer(
-            packing, documents, seq_len, place, partial(_refetch, source)
+            packing, documents, seq_len, place, partial(refetch, source)
         )
 
     def _place(self, cursor: dict[str, Any]) -> dict[str, Any]:
@@ -250,67 +259,6 @@ def rows_to_tensors(
     return inputs, targets, doc_ids
 
 
-def document_stream(
-    source: Source,
-    *,
-    start: tuple[int, int] = (0, 0),
-    num_epochs: int | None = None,
-    pool: ThreadPoolExecutor | None = None,
-    ahead_tokens: int = 0,
-) -> Iterator[Document]:
-    """Documents from (epoch, position) on, through `num_epochs` epochs or endlessly.
-
-    With a pool, fetches are under way for about `ahead_tokens` tokens; the order is the same.
-    """
-    ranges = _ranges(source.num_documents, start, num_epochs)
-    under_way: deque[tuple[int, int, Callable[[], Documents]]] = deque()
-    num_ahead = 1
-    while True:
-        while len(under_way) < num_ahead and (found := next(ranges, None)) is not None:
-            epoch, first, stop = found
-            under_way.append((epoch, first, _begin(pool, source, epoch, first, stop)))
-        if not under_way:
-            return
-        epoch, first, result = under_way.popleft()
-        fetched = result()
-        if pool is not None:
-            tokens = sum(map(len, fetched.tokens))
-            num_ahead = min(MAX_FETCHES_AHEAD, 2 + ahead_tokens // max(1, tokens))
-        for i, (number, tokens_i) in enumerate(
-            zip(fetched.ids.tolist(), fetched.tokens, strict=True)
-        ):
-            mask = None if fetched.masks is None else fetched.masks[i]
-            yield Document(epoch, first + i, number, tokens_i, mask)
-
-
-def _begin(
-    pool: ThreadPoolExecutor | None, source: Source, epoch: int, first: int, stop: int
-) -> Callable[[], Documents]:
-    if pool is None:
-        return partial(source.fetch, epoch, first, stop)
-    future: Future[Documents] = pool.submit(source.fetch, epoch, first, stop)
-    return future.result
-
-
-def _ranges(
-    num_documents: int, start: tuple[int, int], num_epochs: int | None
-) -> Iterator[tuple[int, int, int]]:
-    """(epoch, first, stop) of every fetch."""
-    epoch, position = start
-    while num_epochs is None or epoch < num_epochs:
-        while position < num_documents:
-            stop = min(position + TOKENIZE_AT_ONCE, num_documents)
-            yield epoch, position, stop
-            position = stop
-        epoch, position = epoch + 1, 0
-
-
-def _refetch(source: Source, epoch: int, position: int) -> Document:
-    found = source.fetch(epoch, position, position + 1)
-    mask = None if found.masks is None else found.masks[0]
-    return Document(epoch, position, int(found.ids[0]), found.tokens[0], mask)
-
-
 @dataclass
 class ValidationSet:
     """Fixed rows to measure on; this rank's share of them, kept as int32 to halve the memory.
@@ -343,12 +291,13 @@ def validation_set(
     rank: int = 0,
     world_size: int = 1,
     packing: str = "continuous",
-    num_workers: int = 1,
+    num_workers: int | None = None,
 ) -> ValidationSet:
     """The first `max_tokens` tokens of the source (all of it where it is smaller) as rows.
 
     Give a source with seed None: the order on disk. Raises SpecError where it is empty.
     """
+    num_workers = num_workers or _num_workers(world_size)
     rows = _finite_rows(source, seq_len, max(1, max_tokens // seq_len), packing, num_workers)
     if not rows:
         raise SpecError("the validation data holds no documents")
@@ -377,7 +326,7 @@ def _finite_rows(
         rows: list[Row] = []
         while len(rows) < max_rows and (row := packer.row()):
             rows.append(row)
-        documents.close()  # type: ignore[attr-defined]  # a generator
+        documents.close()
         threads.shutdown(cancel_futures=True)
     return rows
 
@@ -386,9 +335,12 @@ def flat_tokens(source: Source, max_tokens: int) -> np.ndarray:
     """int32 [<= max_tokens]: the first tokens of the first epoch's documents, one after another."""
     taken: list[np.ndarray] = []
     room = max_tokens
-    for document in document_stream(source, num_epochs=1):
-        taken.append(document.tokens[:room])
-        room -= len(taken[-1])
-        if room == 0:
-            break
+    with ThreadPoolExecutor(_num_workers(world_size=1)) as threads:
+        pool = threads if source.is_slow else None
+        for document in document_stream(source, num_epochs=1, pool=pool, ahead_tokens=room):
+            taken.append(document.tokens[:room])
+            room -= len(taken[-1])
+            if room == 0:
+                break
+        threads.shutdown(cancel_futures=True)
     return np.concatenate(taken).astype(np.int32) if taken else np.zeros(0, np.int32)

@@ -40,7 +40,7 @@ Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 class _Document(NamedTuple):
     is_code: bool
-    rank: str
+    order_key: str
     """Hash that orders documents."""
     text: str
 
@@ -84,7 +84,7 @@ def _hash(text: str) -> str:
 
 
 def _in_order(documents: Iterator[_Document]) -> list[_Document]:
-    return sorted(documents, key=lambda d: d.rank)
+    return sorted(documents, key=lambda d: d.order_key)
 
 
 def _capped(documents: list[_Document]) -> list[str]:
@@ -93,9 +93,9 @@ def _capped(documents: list[_Document]) -> list[str]:
     chars = 0
     for document in sorted(documents, key=lambda d: d.is_code):
         if chars + len(document.text) <= MAX_TRAIN_CHARS:
-            taken.add(document.rank)
+            taken.add(document.order_key)
             chars += len(document.text)
-    return [d.text for d in documents if d.rank in taken]
+    return [d.text for d in documents if d.order_key in taken]
 
 
 def _documents(path: Path, root: Path) -> Iterator[_Document]:

@@ -14,7 +14,9 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.corpus import DataFile
+from nanochat.packing import Document
 from nanochat.rundir import RunDir
 from nanochat.spec import Data, SpecError
 from nanochat.tokencache import TextTokenizer, TokenCache, open_token_cache
@@ -32,6 +35,7 @@ WINDOW_ROW_GROUPS = 8
 """Documents are permuted among this many row groups: about 40 MB of web text in memory."""
 TOKENIZE_AT_ONCE = 64
 """Documents of one tokenizer call: some 50,000 tokens of web text, about 20 ms of one core."""
+MAX_FETCHES_AHEAD = 256
 
 
 @dataclass(frozen=True)
@@ -280,3 +284,65 @@ class ConversationSource:
     def num_tokens(self) -> int:
         """Tokens of all conversations, <|bos|> included."""
         return sum(len(ids) for ids, _ in self._rendered)
+
+
+def document_stream(
+    source: Source,
+    *,
+    start: tuple[int, int] = (0, 0),
+    num_epochs: int | None = None,
+    pool: ThreadPoolExecutor | None = None,
+    ahead_tokens: int = 0,
+) -> Generator[Document, None, None]:
+    """Documents from (epoch, position) on, through `num_epochs` epochs or endlessly.
+
+    With a pool, fetches are under way for about `ahead_tokens` tokens; the order is the same.
+    """
+    ranges = _ranges(source.num_documents, start, num_epochs)
+    under_way: deque[tuple[int, int, Callable[[], Documents]]] = deque()
+    num_ahead = 1
+    while True:
+        while len(under_way) < num_ahead and (found := next(ranges, None)) is not None:
+            epoch, first, stop = found
+            under_way.append((epoch, first, _begin(pool, source, epoch, first, stop)))
+        if not under_way:
+            return
+        epoch, first, result = under_way.popleft()
+        fetched = result()
+        if pool is not None:
+            tokens = sum(map(len, fetched.tokens))
+            num_ahead = min(MAX_FETCHES_AHEAD, 2 + ahead_tokens // max(1, tokens))
+        for i, (number, tokens_i) in enumerate(
+            zip(fetched.ids.tolist(), fetched.tokens, strict=True)
+        ):
+            mask = None if fetched.masks is None else fetched.masks[i]
+            yield Document(epoch, first + i, number, tokens_i, mask)
+
+
+def _begin(
+    pool: ThreadPoolExecutor | None, source: Source, epoch: int, first: int, stop: int
+) -> Callable[[], Documents]:
+    if pool is None:
+        return functools.partial(source.fetch, epoch, first, stop)
+    future: Future[Documents] = pool.submit(source.fetch, epoch, first, stop)
+    return future.result
+
+
+def _ranges(
+    num_documents: int, start: tuple[int, int], num_epochs: int | None
+) -> Iterator[tuple[int, int, int]]:
+    """(epoch, first, stop) of every fetch."""
+    epoch, position = start
+    while num_epochs is None or epoch < num_epochs:
+        while position < num_documents:
+            stop = min(position + TOKENIZE_AT_ONCE, num_documents)
+            yield epoch, position, stop
+            position = stop
+        epoch, position = epoch + 1, 0
+
+
+def refetch(source: Source, epoch: int, position: int) -> Document:
+    """One document again, by its place in an epoch's order."""
+    found = source.fetch(epoch, position, position + 1)
+    mask = None if found.masks is None else found.masks[0]
+    return Document(epoch, position, int(found.ids[0]), found.tokens[0], mask)
