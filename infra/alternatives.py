@@ -1,0 +1,96 @@
+"""Runs near a plan that warns or is refused: another offer, a smaller model, another config."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infra.hardware import OFFERS, Offer
+from nanochat.spec import RunSpec, SpecError, load_spec
+
+if TYPE_CHECKING:
+    from infra.planner import Plan
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+SENSIBLE = ("d32_1000usd", "d24", "d20")
+"""Shipped runs that train to the compute-optimal point, the largest first."""
+MOST = 4
+
+MakePlan = Callable[..., "Plan"]
+
+
+def find(plan: "Plan", make_plan: MakePlan) -> list[dict[str, Any]]:
+    """At most four alternatives that are not refused, as `alternatives[]` of plan --json."""
+    spec, offer = plan.spec, plan.offer
+    if offer.cpu:
+        found = _smaller(plan, make_plan) if plan.verdict == "refused" else []
+        return found[:MOST]
+    found = _shipped(plan, make_plan)
+    if plan.verdict == "refused":
+        found += _smaller(plan, make_plan)[:1]
+        found += _other_offers(spec, offer, make_plan)
+    return found[:MOST]
+
+
+def _entry(config: str, plan: "Plan", why: str) -> dict[str, Any]:
+    return {
+        "config": config,
+        "n_params": plan.n_params,
+        "hours": round(plan.hours, 2),
+        "usd": round(plan.usd, 2),
+        "why": why,
+    }
+
+
+def _shipped(plan: "Plan", make_plan: MakePlan) -> list[dict[str, Any]]:
+    """The largest shipped run of another model that this budget pays for."""
+    most = plan.spec.budget.max_usd or plan.usd or None
+    for name in SENSIBLE:
+        path = CONFIGS / f"{name}.toml"
+        if name == plan.spec.name or not path.exists():
+            continue
+        other = make_plan(load_spec(path), look_further=False)
+        if other.verdict == "refused" or other.n_params >= plan.n_params:
+            continue
+        if most is None or other.usd <= most:
+            ratio = next((s.tokens_per_param for s in other.stages), 0.0)
+            why = f"{other.n_params / 1e9:.2g} B parameters at {ratio:.0f} tokens each"
+            return [_entry(f"configs/{name}.toml", other, f"{why} on {other.offer.name}")]
+    return []
+
+
+def _smaller(plan: "Plan", make_plan: MakePlan) -> list[dict[str, Any]]:
+    """The largest smaller depth that works on the same offer."""
+    spec = plan.spec
+    for depth in range(spec.model.depth - 1, 0, -1):
+        if depth > 8 and depth % 2:
+            continue
+        model = spec.model.model_copy(update={"depth": depth})
+        other = _try(spec.model_copy(update={"model": model}), plan.offer, make_plan)
+        if other is not None:
+            config = f"{spec.name} model.depth={depth}"
+            return [_entry(config, other, f"the largest depth that works on {plan.offer.name}")]
+    return []
+
+
+def _other_offers(spec: RunSpec, offer: Offer, make_plan: MakePlan) -> list[dict[str, Any]]:
+    """The same spec where it works, the cheapest first."""
+    if spec.budget.usd_per_hour is not None:
+        return []
+    plans = [
+        other
+        for name, candidate in OFFERS.items()
+        if name != offer.name and (other := _try(spec, candidate, make_plan)) is not None
+    ]
+    plans.sort(key=lambda p: p.usd)
+    return [
+        _entry(f'{spec.name} offer="{p.offer.name}"', p, f"the same run on {p.offer.name}")
+        for p in plans[:2]
+    ]
+
+
+def _try(spec: RunSpec, offer: Offer, make_plan: MakePlan) -> "Plan | None":
+    try:
+        plan = make_plan(spec, offer, look_further=False)
+    except SpecError:
+        return None
+    return None if plan.verdict == "refused" else plan

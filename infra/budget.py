@@ -1,0 +1,146 @@
+"""Money and time of a run, derived from its ledger alone; no I/O, no clock of its own.
+
+* The ledger is append-only: `start`, `heartbeat` and `stop` of every supervisor that has worked on
+  the run, each with the price at that moment. Nothing is stored that can be derived.
+* A record may name an `instance`: something that a provider bills while it exists, busy or idle.
+  Two records of one instance therefore bound a time that was paid for in full, whatever happened
+  in between. Without an instance a silence counts for one heartbeat at most.
+* Where the provider has said what it billed (`billed_usd` of an instance), the larger sum counts.
+* docs/decisions.md states the bound on overspending and argues it.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat.spec import Budget
+
+HEARTBEAT_S = 30.0
+"""Seconds between two heartbeats of a living supervisor."""
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a run has taken until some moment."""
+
+    usd: float
+    used_s: float
+
+
+def spent(records: Iterable[Record], until: float) -> tuple[float, float]:
+    """(dollars, seconds) that a run has taken until `until` (Unix time).
+
+    records: ledger lines in any order; lines that are damaged or later than `until` are left out.
+    Dollars never fall as `until` grows.
+    """
+    lines = sorted(
+        (r for r in records if _is_whole(r) and r["time"] <= until), key=lambda r: float(r["time"])
+    )
+    usd: dict[str, float] = {}
+    billed: dict[str, float] = {}
+    used_s = 0.0
+    for i, record in enumerate(lines):
+        instance = str(record.get("instance") or "")
+        if record["event"] == "start":
+            since = max(
+                float(record.get("billed_from", record["time"])), lines[i - 1]["time"] if i else 0.0
+            )
+            boot_s = max(0.0, record["time"] - since)
+            if _same(lines[i - 1], record) if i else False:
+                boot_s = 0.0  # the silence before it is charged below
+            used_s += boot_s
+            usd[instance] = usd.get(instance, 0.0) + boot_s * _usd_per_s(record)
+        following = lines[i + 1] if i + 1 < len(lines) else None
+        paid_s, run_s = _interval(record, following, until)
+        price = _usd_per_s(record)
+        if following is not None and _same(record, following):
+            price = max(price, _usd_per_s(following))
+        usd[instance] = usd.get(instance, 0.0) + paid_s * price
+        used_s += run_s
+        if isinstance(record.get("billed_usd"), int | float):
+            billed[instance] = max(billed.get(instance, 0.0), float(record["billed_usd"]))
+    total = sum(max(usd.get(k, 0.0), billed.get(k, 0.0)) for k in usd.keys() | billed.keys())
+    return total, used_s
+
+
+def _interval(record: Record, following: Record | None, until: float) -> tuple[float, float]:
+    """(seconds that are paid, seconds that the run has worked) from a record to the next one."""
+    end = until if following is None else float(following["time"])
+    gap_s = max(0.0, end - float(record["time"]))
+    if record["event"] == "stop":
+        idle = following is not None and _same(record, following)
+        return (gap_s if idle else 0.0), 0.0
+    if following is not None and following["event"] != "start":
+        return gap_s, gap_s  # one supervisor lived through all of it
+    short_s = min(gap_s, HEARTBEAT_S)
+    same = bool(record.get("instance")) and (following is None or _same(record, following))
+    return (gap_s if same else short_s), short_s
+
+
+def _same(a: Record, b: Record) -> bool:
+    """Whether two records come from one billed instance."""
+    return bool(a.get("instance")) and a.get("instance") == b.get("instance")
+
+
+def _usd_per_s(record: Record) -> float:
+    return max(0.0, float(record.get("usd_per_hour") or 0.0)) / 3600.0
+
+
+def _is_whole(record: Record) -> bool:
+    try:
+        return record["event"] in ("start", "heartbeat", "stop") and math.isfinite(record["time"])
+    except (KeyError, TypeError):
+        return False
+
+
+def time_left_s(budget: Budget, records: Iterable[Record], now: float) -> float | None:
+    """Seconds from `now` until the first bound of the budget is reached at the present price.
+
+    Zero when it is reached; None where nothing bounds the run.
+    """
+    lines = [r for r in records if _is_whole(r)]
+    usd, used_s = spent(lines, now)
+    bounds = []
+    if budget.max_hours is not None:
+        bounds.append(3600.0 * budget.max_hours - used_s)
+    if budget.max_usd is not None:
+        price = _usd_per_s(max(lines, key=lambda r: float(r["time"]))) if lines else 0.0
+        if price > 0.0:
+            bounds.append((budget.max_usd - usd) / price)
+        elif usd >= budget.max_usd:
+            bounds.append(0.0)
+    return max(0.0, min(bounds)) if bounds else None
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """When a run has to stop, as Unix times."""
+
+    soft_s: float
+    """From here on what is left is only enough to save, evaluate and report."""
+    hard_s: float
+    """The budget is spent."""
+
+    @classmethod
+    def of(
+        cls, budget: Budget, records: Iterable[Record], now: float, reserve_s: float
+    ) -> "Deadlines | None":
+        """Deadlines at the present price; None where nothing bounds the run."""
+        left_s = time_left_s(budget, records, now)
+        if left_s is None:
+            return None
+        return cls(soft_s=now + max(0.0, left_s - reserve_s), hard_s=now + left_s)
+
+
+def fraction_used(consumed_s: float, left_s: float) -> tuple[float, float]:
+    """(share of a stage's horizon that is used, its growth per second), 0 to 1.
+
+    consumed_s: what the stage has had; left_s: what it may still have. Both zero: all is used.
+    """
+    total_s = max(0.0, consumed_s) + max(0.0, left_s)
+    if total_s <= 0.0:
+        return 1.0, 0.0
+    return max(0.0, consumed_s) / total_s, 1.0 / total_s

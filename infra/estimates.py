@@ -1,0 +1,179 @@
+"""What a run takes beside its training steps: boot, data, tokenizer, evaluation, checkpoints.
+
+Each rate stands here once, with where it comes from; none decides whether a run is possible,
+but together they are a tenth of the bill.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.hardware import GIB, Offer, cores_here
+from infra.memory import Layout
+from infra.throughput import decode_s, forward_s
+from nanochat.scaling import GPTConfig, checkpoint_bytes
+from nanochat.spec import WEIGHT_STAGES, Data, RunSpec
+
+BOOT_S = 600.0
+"""Rented machine until our code runs: cold boot and image pull, 6 to 10 minutes (union.ai)."""
+FETCH_BYTES_PER_S = 50e6
+SHARD_BYTES = 100e6
+SHARD_CHARS = 250e6
+"""karpathy/fineweb-edu-100b-shuffle: characters and compressed bytes of a shard."""
+TASK_BYTES = {"smoltalk": 2.2e9, "mmlu_aux": 50e6, "gsm8k": 5e6}
+EMBEDDED_CHARS = 6.0e6
+"""Training text of the embedded corpus on Python 3.11."""
+TOKENIZER_CHARS_PER_S = 10e6
+"""Splitting and counting on one core; merging is a tenth of that (docs/benchmarks.md)."""
+COMPILE_S = {False: 90.0, True: 60.0}
+"""Cold torch.compile of a training stage. Keys: whether it is a CPU."""
+START_S = 12.0
+"""Imports, process group, loading of a stage."""
+REPORT_S = 20.0
+PROMPT_TOKENS = 128
+VOLUME_BYTES_PER_S = {False: 0.3e9, True: 0.5e9}
+"""Writing of a checkpoint: network volume, local disk. Keys: whether it is a CPU."""
+COPY_BYTES_PER_S = {False: 10e9, True: 3e9}
+"""Copy to host memory while the loop is held; shared out over the ranks."""
+
+CHARS_PER_TOKEN = (
+    (16, 1.0),
+    (256, 1.0),
+    (512, 1.9),
+    (2048, 2.9),
+    (4096, 3.4),
+    (8192, 3.8),
+    (32768, 4.5),
+    (65536, 4.8),
+)
+"""(vocabulary, characters per token) of byte-pair encoding on web text."""
+
+
+@dataclass(frozen=True)
+class OtherStage:
+    """A stage or a phase of the run that takes no optimizer step."""
+
+    stage: str
+    hours: float
+    why: str
+
+
+def chars_per_token(data: Data, vocab_size: int) -> float:
+    """Interpolated in the logarithm of the vocabulary; 1 for a char tokenizer."""
+    if data.tokenizer == "char":
+        return 1.0
+    x = math.log(max(vocab_size, CHARS_PER_TOKEN[0][0]))
+    for (low, a), (high, b) in zip(CHARS_PER_TOKEN, CHARS_PER_TOKEN[1:], strict=False):
+        if vocab_size <= high:
+            share = (x - math.log(low)) / (math.log(high) - math.log(low))
+            return a + share * (b - a)
+    return CHARS_PER_TOKEN[-1][1]
+
+
+def data_tokens(spec: RunSpec) -> float | None:
+    """Training tokens of one pass over the base data; None where the text is not here."""
+    data = spec.data
+    per_token = chars_per_token(data, spec.model.vocab_size)
+    if data.source == "embedded":
+        return EMBEDDED_CHARS / per_token
+    if data.source == "fineweb_edu":
+        return data.num_shards * SHARD_CHARS / per_token
+    try:
+        chars = Path(data.path or "").stat().st_size
+    except OSError:
+        return None
+    return (1 - data.val_fraction) * chars / per_token
+
+
+def fetch_bytes(spec: RunSpec) -> float:
+    """Bytes that the network brings for the stages that are switched on."""
+    total = 0.0
+    if spec.data.source == "fineweb_edu":
+        total += (spec.data.num_shards + 1) * SHARD_BYTES
+    for stage in (spec.mid_train, spec.chat_sft):
+        if stage is not None:
+            total += sum(TASK_BYTES.get(task, 0.0) for task in stage.mixture)
+    return total
+
+
+def other_stages(spec: RunSpec, c: GPTConfig, layout: Layout, offer: Offer) -> list[OtherStage]:
+    """Everything of the run that is no training stage, in run order."""
+    found = []
+
+    def add(stage: str, seconds: float, why: str) -> None:
+        found.append(OtherStage(stage, seconds / 3600, why))
+
+    if not offer.cpu and offer.usd_per_hour > 0:
+        add("boot", BOOT_S, "boot and image pull, billed by most providers")
+    if spec.data_fetch is not None:
+        gb = fetch_bytes(spec) / 1e9
+        add("data_fetch", 5.0 + gb * 1e9 / FETCH_BYTES_PER_S, f"{gb:.1f} GB at 50 MB/s")
+    if spec.tok_train is not None:
+        chars = min(spec.tok_train.max_chars, _corpus_chars(spec))
+        cores = cores_here() if offer.cpu else 16
+        seconds = 5.0 + chars / TOKENIZER_CHARS_PER_S / min(cores, 8)
+        add("tok_train", seconds, f"{chars / 1e6:.0f} M characters")
+    if spec.evaluate is not None:
+        add("evaluate", evaluate_s(spec, c, layout, offer), f"{len(spec.evaluate.tasks)} tasks")
+    if spec.report is not None:
+        add("report", REPORT_S, "plots")
+    return found
+
+
+def _corpus_chars(spec: RunSpec) -> float:
+    tokens = data_tokens(spec)
+    return (
+        math.inf if tokens is None else tokens * chars_per_token(spec.data, spec.model.vocab_size)
+    )
+
+
+def evaluate_s(spec: RunSpec, c: GPTConfig, layout: Layout, offer: Offer) -> float:
+    """Prompts of every task read and answered with the weights of every training stage."""
+    settings = spec.evaluate
+    if settings is None:
+        return 0.0
+    weights = sum(getattr(spec, stage) is not None for stage in WEIGHT_STAGES)
+    examples = weights * len(settings.tasks) * settings.max_examples
+    prompts_s = forward_s(c, layout, offer, examples * PROMPT_TOKENS)
+    batches = math.ceil(examples / settings.batch_size / layout.world_size)
+    return START_S + prompts_s + batches * settings.max_tokens * decode_s(c, offer)
+
+
+@dataclass(frozen=True)
+class CheckpointForecast:
+    """Bytes of one checkpoint, of those kept at a time, and of all that are written."""
+
+    each: float
+    kept: float
+    written: float
+    save_s: float
+    """From the request to a complete checkpoint."""
+    stall_s: float
+    """Of these, while the loop is held."""
+
+    def to_json(self) -> dict[str, float]:
+        names = ("each", "kept", "written")
+        return {name: round(getattr(self, name) / GIB, 3) for name in names}
+
+
+def forecast_checkpoints(
+    spec: RunSpec, c: GPTConfig, layout: Layout, offer: Offer, stage_hours: list[float]
+) -> CheckpointForecast:
+    """What the training stages write, for stages of so many hours."""
+    weights, state = checkpoint_bytes(c)
+    each = float(weights + state)
+    policy, every_s = spec.checkpoint, spec.budget.checkpoint_every_s
+    written = kept = 0.0
+    for hours in stage_hours:
+        copies = math.floor(hours * 3600 / every_s) + 1
+        stays = policy.keep_last + policy.keep_best
+        if policy.keep_every_h is not None:
+            stays += math.floor(hours / policy.keep_every_h)
+        thinned = weights if policy.thin_old else each
+        kept += each + (min(copies, stays) - 1) * thinned
+        written += copies * each
+    write_s = each / VOLUME_BYTES_PER_S[offer.cpu]
+    stall_s = each / layout.world_size / COPY_BYTES_PER_S[offer.cpu]
+    if not policy.asynchronous:
+        stall_s += write_s
+    return CheckpointForecast(each, kept, written, stall_s + write_s, stall_s)

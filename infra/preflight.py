@@ -1,0 +1,293 @@
+"""Seconds before hours: what would make a run fail on this machine, found before it starts.
+
+* `preflight` returns problems, each with the exit code of its kind: 77, another machine may do it;
+  78, the spec or the data must change.
+* `doctor` says the same and more as facts, for a person who has just cloned the kit.
+No torch: the driver is asked by NVML, versions come from package metadata.
+"""
+
+import importlib.metadata
+import os
+import shutil
+import sysconfig
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from infra import hardware, needs
+from infra.hardware import GIB
+from nanochat.rundir import EXIT_DONE, EXIT_SPEC, EXIT_UNFIT_NODE, RunDir, nanochat_home
+from nanochat.spec import RunSpec
+
+if TYPE_CHECKING:
+    from infra.planner import Plan
+
+LEAST_SHM_BYTES = 256 * 2**20
+"""Docker gives 64 MiB; NCCL maps buffers of several MiB per pair of ranks there."""
+LEAST_DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
+"""Oldest Linux driver of each CUDA major version (NVIDIA, CUDA compatibility guide, table 2)."""
+COMPILERS = ("g++", "clang++", "c++")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a run cannot start here."""
+
+    message: str
+    exit_code: int
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One line of `doctor`."""
+
+    name: str
+    value: str
+    level: str
+    """ok | info | warn | bad"""
+    fix: str = ""
+    exit_code: int = EXIT_DONE
+
+
+def preflight(spec: RunSpec, plan: "Plan", run_dir: RunDir) -> list[Problem]:
+    """Everything that would end this run early on this machine; empty when it can start."""
+    facts = [
+        *_writable(run_dir.path),
+        *_gpus(spec, plan),
+        *_compiler(spec),
+        *_shared_memory(spec, plan),
+        *_clock(),
+        *_data(spec, run_dir),
+        *_volume(spec, plan, run_dir),
+    ]
+    return [
+        Problem(f"{f.name}: {f.value}. {f.fix}".rstrip(" ."), f.exit_code)
+        for f in facts
+        if f.level == "bad"
+    ]
+
+
+def doctor(spec: RunSpec | None) -> list[Fact]:
+    """Facts about this machine; with a spec also what that spec needs of it."""
+    from infra.planner import make_plan
+
+    facts = [*_machine(), *_tools(), *_writable(nanochat_home()), *_clock(), _network()]
+    if spec is None:
+        return [*facts, *_shared_memory(None, None)]
+    plan = make_plan(spec, look_further=False)
+    run_dir = RunDir(nanochat_home() / "runs" / spec.name)
+    level = {"ok": "ok", "warn": "warn", "refused": "bad"}[plan.verdict]
+    reasons = "; ".join(plan.reasons) or f"{plan.hours:.2f} h, ${plan.usd:.2f}"
+    code = EXIT_SPEC if plan.verdict == "refused" else EXIT_DONE
+    return [
+        *facts,
+        Fact("plan", reasons, level, "nanochat plan shows all of it", code),
+        *_gpus(spec, plan),
+        *_compiler(spec),
+        *_shared_memory(spec, plan),
+        *_data(spec, run_dir),
+        *_volume(spec, plan, run_dir),
+    ]
+
+
+def render_doctor(facts: list[Fact]) -> str:
+    """The facts as lines; what is wrong carries its fix."""
+    marks = {"ok": "ok  ", "info": "    ", "warn": "warn", "bad": "BAD "}
+    lines = []
+    for fact in facts:
+        lines.append(f"{marks[fact.level]} {fact.name:<12} {fact.value}")
+        if fact.fix and fact.level in ("warn", "bad"):
+            lines.append(f"{'':<18}{fact.fix}")
+    return "\n".join(lines)
+
+
+# -- the machine
+
+
+def _machine() -> list[Fact]:
+    offer = hardware.cpu_offer()
+    memory = f"{offer.memory_gib:.1f} GiB"
+    cores = f"{hardware.cores_here()} cores, {offer.peak_flops / 1e9:.0f} GFLOP/s in fp32"
+    gpus = hardware.gpus_here()
+    facts = [Fact("processor", cores, "info"), Fact("memory", memory, "info")]
+    if gpus:
+        text = ", ".join(f"{g.name} ({g.memory_gib:.0f} GiB)" for g in gpus)
+        facts.append(Fact("GPUs", text, "ok"))
+    else:
+        facts.append(Fact("GPUs", "none that an NVIDIA driver knows", "info"))
+    driver = hardware.driver_here()
+    cuda = cuda_version()
+    if driver is not None and cuda is not None:
+        facts.append(_driver(driver, cuda))
+    return facts
+
+
+def cuda_version() -> str | None:
+    """CUDA that the installed torch was built for, from package metadata."""
+    for name in ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu13", "nvidia-cuda-runtime-cu12"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _driver(driver: str, cuda: str) -> Fact:
+    least = LEAST_DRIVERS.get(int(cuda.split(".")[0]))
+    if least is not None and _numbers(driver) < _numbers(least):
+        return Fact(
+            "driver",
+            f"{driver} is older than CUDA {cuda} of this installation needs ({least})",
+            "bad",
+            "use a newer driver, or an image with an older CUDA",
+            EXIT_UNFIT_NODE,
+        )
+    return Fact("driver", f"{driver}, CUDA {cuda}", "ok")
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".") if part.isdigit()]
+
+
+def _tools() -> list[Fact]:
+    facts = []
+    for name, package in (("torch", "torch"), ("tokenizer", "rustbpe"), ("kit", "nanochat-kit")):
+        try:
+            facts.append(Fact(name, importlib.metadata.version(package), "ok"))
+        except importlib.metadata.PackageNotFoundError:
+            facts.append(Fact(name, f"{package} is not installed", "bad", "make setup", EXIT_SPEC))
+    return facts
+
+
+def _network() -> Fact:
+    offline = os.environ.get("NANOCHAT_OFFLINE") == "1"
+    text = "not to be used (NANOCHAT_OFFLINE=1)" if offline else "may be used by fetch and launch"
+    return Fact("network", text, "info")
+
+
+def _clock() -> list[Fact]:
+    """A clock behind the files of the kit breaks ledgers, leases and TLS."""
+    newest = max(path.stat().st_mtime for path in Path(__file__).parent.glob("*.py"))
+    if time.time() < newest - 86_400:
+        return [
+            Fact(
+                "clock",
+                f"{time.ctime()} is before the kit was installed",
+                "bad",
+                "set the clock (ntp)",
+                EXIT_UNFIT_NODE,
+            )
+        ]
+    return [Fact("clock", time.strftime("%Y-%m-%d %H:%M:%S %Z"), "ok")]
+
+
+# -- what a spec needs
+
+
+def _gpus(spec: RunSpec, plan: "Plan") -> list[Fact]:
+    if spec.runtime.device in ("cpu", "mps") or plan.offer.cpu:
+        return []
+    here = hardware.gpus_here()
+    wanted = plan.layout.world_size
+    if len(here) < wanted:
+        return [
+            Fact(
+                "GPUs",
+                f"{len(here)} here, offer = {plan.offer.name!r} means {wanted}",
+                "bad",
+                'give the offer that this machine is (offer="1xH200"), or offer="cpu"',
+                EXIT_UNFIT_NODE,
+            )
+        ]
+    need_gib = max((s.memory.total / GIB for s in plan.stages), default=0.0)
+    short = [g for g in here if g.free_gib < need_gib]
+    facts = [Fact("GPUs", f"{wanted} of {len(here)}", "ok")]
+    if short:
+        fix = "end what else runs there, or set device_batch_size lower"
+        text = f"{short[0].name} has {short[0].free_gib:.1f} GiB free, the plan {need_gib:.1f}"
+        facts = [Fact("GPU memory", text, "bad", fix, EXIT_UNFIT_NODE)]
+    driver, cuda = hardware.driver_here(), cuda_version()
+    return [*facts, _driver(driver, cuda)] if driver and cuda else facts
+
+
+def _compiler(spec: RunSpec) -> list[Fact]:
+    if not spec.runtime.compile:
+        return []
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    found = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+    if found is None or not headers.exists():
+        what = "no C++ compiler" if found is None else f"no {headers}"
+        fix = "apt-get install g++ python3-dev, or runtime.compile=false"
+        text = f"{what}, and torch.compile needs one"
+        return [Fact("compiler", text, "bad", fix, EXIT_UNFIT_NODE)]
+    return [Fact("compiler", found, "ok")]
+
+
+def _shared_memory(spec: RunSpec | None, plan: "Plan | None") -> list[Fact]:
+    try:
+        stat = os.statvfs("/dev/shm")
+    except OSError:
+        return []
+    size = stat.f_frsize * stat.f_bavail
+    text = f"{size / GIB:.2f} GiB free"
+    several = plan is not None and not plan.offer.cpu and plan.layout.world_size > 1
+    if several and size < LEAST_SHM_BYTES:
+        fix = "docker run --shm-size=8g (or --ipc=host)"
+        return [Fact("/dev/shm", text, "bad", fix, EXIT_UNFIT_NODE)]
+    return [Fact("/dev/shm", text, "info")]
+
+
+def _writable(path: Path) -> list[Fact]:
+    place = _existing(path)
+    if os.access(place, os.W_OK | os.X_OK) and place.is_dir():
+        return [Fact("home", f"{path} ({shutil.disk_usage(place).free / GIB:.1f} GiB free)", "ok")]
+    fix = "set NANOCHAT_HOME, or give --run-dir"
+    return [Fact("home", f"{place} cannot be written", "bad", fix, EXIT_SPEC)]
+
+
+def _existing(path: Path) -> Path:
+    """The path itself, or its nearest parent that exists."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def _data(spec: RunSpec, run_dir: RunDir) -> list[Fact]:
+    facts = []
+    for stage, paths in needs.missing_files(spec).items():
+        if run_dir.is_done(stage) and run_dir.is_done("base_train"):
+            continue
+        shown = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+        places = f"below {nanochat_home() / 'data'}"
+        if Path(paths[0]).is_absolute():
+            fix, places = "put the file there, or set data.path", ""
+        else:
+            fix = "bring it on a machine with network: nanochat fetch @CONFIG"
+        text = f"{stage} needs {shown}, which is not there {places}".rstrip()
+        facts.append(Fact("data", text, "bad", fix, EXIT_SPEC))
+    return facts or [Fact("data", "all that the stages read is here", "ok")]
+
+
+def _volume(spec: RunSpec, plan: "Plan", run_dir: RunDir) -> list[Fact]:
+    place = _existing(run_dir.path)
+    free = shutil.disk_usage(place).free + _bytes_below(run_dir.path / "checkpoints")
+    need = plan.checkpoints.kept + plan.checkpoints.each + spec.checkpoint.free_floor_gib * GIB
+    text = (
+        f"{free / GIB:.1f} GiB free on {place}; checkpoints take {plan.checkpoints.kept / GIB:.1f}"
+        f" GiB, one in the making {plan.checkpoints.each / GIB:.1f} and the floor "
+        f"{spec.checkpoint.free_floor_gib:g}"
+    )
+    if free < need:
+        fix = "a larger volume, checkpoint.keep_last=1 or checkpoint.thin_old=true"
+        return [Fact("volume", text, "bad", fix, EXIT_SPEC)]
+    return [Fact("volume", text, "ok")]
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*") if folder.exists() else ():
+        try:
+            total += path.stat().st_size
+        except OSError:
+            continue
+    return total
