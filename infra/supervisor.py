@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from infra import budget
+from infra import budget, horizon
 from infra.console import Console
 from infra.processes import StageProcess, stage_command, stage_env
 from nanochat.rundir import (
@@ -242,8 +242,8 @@ class Supervisor:
         if left is None:
             return
         if stage in TRAIN_STAGES:
-            budget.write_horizon(self.run_dir, self.spec, stage, left, now)
-        if left <= budget.reserve_s(self.run_dir, self.spec, stage):
+            horizon.write_horizon(self.run_dir, self.spec, stage, left, now)
+        if left <= horizon.reserve_s(self.run_dir, self.spec, stage):
             self._request_stop(StopReason.BUDGET, max(left, self.spec.stop_grace_s))
 
     def _request_stop(self, reason: StopReason, grace_s: float) -> None:
