@@ -18,10 +18,12 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from nanochat.distributed import Dist
 from nanochat.kvcache import KVCache
 from nanochat.loss import Reduction, head_loss, softcap
 from nanochat.scaling import GPTConfig
@@ -115,6 +117,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False
+        self.compiled_by_block = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -163,12 +166,24 @@ class GPT(nn.Module):
             kv_cache.finish(n_tokens)
 
         if targets is not None:
-            loss = head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction)
+            compiled = self.compiled_by_block or torch.compiler.is_compiling()
+            x, targets = x.flatten(0, 1), targets.flatten()
+            loss = head_loss(x, self.lm_head.weight, targets, reduction, compiled=compiled)
             return loss.view(n_rows, n_tokens) if reduction == "none" else loss
         if logit_positions is not None:
             x = x[torch.arange(n_rows, device=x.device), logit_positions][:, None]
         logits = self.lm_head(x)
         return softcap(logits if logits.dtype == torch.float64 else logits.float())
+
+    def compile_blocks(self) -> None:
+        """torch.compile each block and the loss instead of the whole model.
+
+        The blocks share one graph, so that the compiler works for one block's time; and what
+        FSDP2 does between blocks stays outside of the graph. Call before shard_model.
+        """
+        for block in self.blocks:
+            block.compile(fullgraph=True)
+        self.compiled_by_block = True
 
     # -------------------------------------------------------------------------
     # Parameters
@@ -208,6 +223,27 @@ class GPT(nn.Module):
         positions = torch.arange(self.config.seq_len, dtype=torch.float32, device=device)
         angles = torch.outer(positions, ROPE_THETA**-exponents)
         return angles.cos(), angles.sin()
+
+
+def shard_model(
+    model: GPT, dist: Dist, *, recompute: bool, compute_dtype: torch.dtype | None
+) -> None:
+    """Leave every rank with 1 / world_size of each parameter, gradient and state (FSDP2).
+
+    A block's weights are gathered when it is used and dropped afterwards. For a model that fits no
+    single device: build it on the meta device, shard, `to_empty`, then `init_weights`.
+    compute_dtype: dtype of the gathered weights, and of the activations (gradients are then
+    averaged in float32); None for that of the parameters. Autocast is not needed.
+    """
+    model.recompute = recompute
+    # RoPE's tables, an input of the blocks, must stay in float32.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if compute_dtype is not None:
+        policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
+    mesh = dist.mesh()
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def document_mask(doc_ids: Tensor) -> Tensor | BlockMask:

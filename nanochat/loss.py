@@ -15,7 +15,7 @@ What is special here:
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,14 +41,16 @@ def chunk_rows(vocab_size: int, itemsize: int, device_type: str) -> int:
     return max(1, CHUNK_BYTES[device_type] // (vocab_size * itemsize))
 
 
-def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: Reduction) -> Tensor:
+def head_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, reduction: Reduction, *, compiled: bool = False
+) -> Tensor:
     """Cross-entropy of softcap(x @ weight.T) against targets.
 
     x: [N, D] in the compute dtype. weight: [V, D], any floating dtype. targets: [N] int64 in
     [0, V), or IGNORED_TARGET. Returns a scalar for "mean" (over the targets not ignored; 0 when
     there are none) and "sum", [N] for "none" (0 where ignored); float32, or float64 when x is.
+    compiled: whether the row-wise arithmetic is compiled too.
     """
-    compiled = torch.compiler.is_compiling()
     if reduction == "none":
         return _row_losses(x, weight, targets, compiled)
     row_weights = (targets != IGNORED_TARGET).to(_loss_dtype(x))
@@ -63,34 +65,33 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: Reduction) 
 # The two operators
 
 
-@torch.library.custom_op("nanochat::row_losses", mutates_args=())
-def _row_losses(x: Tensor, weight: Tensor, targets: Tensor, compiled: bool) -> Tensor:
+def _row_losses_kernel(x: Tensor, weight: Tensor, targets: Tensor, compiled: bool) -> Tensor:
     """Loss of every row, [N]."""
     losses = torch.zeros(len(x), dtype=_loss_dtype(x), device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         weight = weight.to(x.dtype)
-        kernel = _kernel(_losses_of_chunk, compiled)
+        kernel = _compiled(_losses_of_chunk) if compiled else _losses_of_chunk
         for rows, logits in _logit_chunks(x, weight):
             losses[rows] = kernel(logits, targets[rows])
     return losses
 
 
-@torch.library.custom_op("nanochat::weighted_loss", mutates_args=())
-def _weighted_loss(
+def _weighted_loss_kernel(
     x: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor, compiled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum of row_weights * losses, its gradient by x, its gradient by weight)."""
     losses = torch.zeros(len(x), dtype=_loss_dtype(x), device=x.device)
     grad_x = torch.empty_like(x)
-    grad_weight = torch.zeros_like(weight)
+    grad_weight = torch.zeros(weight.shape, dtype=_loss_dtype(x), device=x.device)
+    weight_dtype = weight.dtype
     with torch.autocast(x.device.type, enabled=False):
         weight = weight.to(x.dtype)
-        kernel = _kernel(_gradient_of_chunk, compiled)
+        kernel = _compiled(_gradient_of_chunk) if compiled else _gradient_of_chunk
         for rows, logits in _logit_chunks(x, weight):
             losses[rows] = kernel(logits, targets[rows], row_weights[rows])
             torch.mm(logits, weight, out=grad_x[rows])
             _accumulate_outer(grad_weight, logits, x[rows])
-    return (losses * row_weights).sum(), grad_x, grad_weight
+    return (losses * row_weights).sum(), grad_x, grad_weight.to(weight_dtype)
 
 
 def _logit_chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -142,51 +143,88 @@ def _gradient_of_chunk(logits: Tensor, targets: Tensor, row_weights: Tensor) -> 
     return torch.where(valid, losses, 0)
 
 
-@functools.cache
-def _kernel(function: Callable[..., Tensor], compiled: bool) -> Callable[..., Tensor]:
-    """The row-wise function itself, or compiled (importing the compiler takes seconds)."""
-    return torch.compile(function, dynamic=False) if compiled else function
-
-
 def _loss_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# -----------------------------------------------------------------------------
+# The compiler is imported where it is wanted: that alone takes seconds. (torch.library.custom_op
+# would import it at the first call.)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+@functools.cache
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compiler.disable(function)
+
+
+def _define(name: str, schema: str, kernel: Callable[..., Any]) -> Any:
+    """Register an operator; returns what calls it."""
+
+    def call(*args: Any) -> Any:
+        return _untraced(kernel)(*args) if args[-1] else kernel(*args)
+
+    torch.library.define(f"nanochat::{name}", schema)
+    torch.library.impl(f"nanochat::{name}", "default", call)
+    return getattr(torch.ops.nanochat, name).default
+
+
+_row_losses = _define(
+    "row_losses",
+    "(Tensor x, Tensor weight, Tensor targets, bool compiled) -> Tensor",
+    _row_losses_kernel,
+)
+_weighted_loss = _define(
+    "weighted_loss",
+    "(Tensor x, Tensor weight, Tensor targets, Tensor row_weights, bool compiled)"
+    " -> (Tensor, Tensor, Tensor)",
+    _weighted_loss_kernel,
+)
 
 
 # -----------------------------------------------------------------------------
 # Shapes for tracing, and gradients
 
 
-@_row_losses.register_fake
+@torch.library.register_fake("nanochat::row_losses")
 def _(x: Tensor, weight: Tensor, targets: Tensor, compiled: bool) -> Tensor:
     return x.new_empty(x.shape[0], dtype=_loss_dtype(x))
 
 
-@_weighted_loss.register_fake
+@torch.library.register_fake("nanochat::weighted_loss")
 def _(
     x: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor, compiled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty((), dtype=_loss_dtype(x)), torch.empty_like(x), torch.empty_like(weight)
 
 
-def _save_row_inputs(ctx, inputs, output) -> None:
+def _save_row_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, targets, ctx.compiled = inputs
     ctx.save_for_backward(x, weight, targets)
 
 
-def _row_losses_backward(ctx, grad):
+def _row_losses_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     _, grad_x, grad_weight = _weighted_loss(*ctx.saved_tensors, grad, ctx.compiled)
     return grad_x, grad_weight, None, None
 
 
-def _save_gradients(ctx, inputs, output) -> None:
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
 
 
-def _weighted_loss_backward(ctx, grad, *unused):
+def _weighted_loss_backward(ctx: Any, grad: Tensor, *unused: None) -> tuple[Tensor | None, ...]:
     grad_x, grad_weight = ctx.saved_tensors
     return grad_x * grad.to(grad_x.dtype), grad_weight * grad, None, None, None
 
 
-_row_losses.register_autograd(_row_losses_backward, setup_context=_save_row_inputs)
-_weighted_loss.register_autograd(_weighted_loss_backward, setup_context=_save_gradients)
+torch.library.register_autograd(
+    "nanochat::row_losses", _row_losses_backward, setup_context=_save_row_inputs
+)
+torch.library.register_autograd(
+    "nanochat::weighted_loss", _weighted_loss_backward, setup_context=_save_gradients
+)
