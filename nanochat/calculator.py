@@ -21,7 +21,7 @@ MAX_DEPTH = 20
 MAX_MAGNITUDE = Fraction(10**15)
 SIGNIFICANT_DIGITS = 12
 
-TOKEN = re.compile(r"\s*(?:(\d+(?:\.\d*)?|\.\d+)|([-+*/()]))")
+TOKEN = re.compile(r"\s*(?:(\d+(?:\.\d*)?|\.\d+)|([-+*/()]))", re.ASCII)
 COUNT = re.compile(r"""\s*(['"])([^'"\\]*)\1\.count\(\s*(['"])([^'"\\]*)\3\s*\)\s*""")
 
 

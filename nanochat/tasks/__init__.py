@@ -9,13 +9,13 @@ from nanochat.spec import SpecError
 from nanochat.tasks.common import Conversation, Example, Split, Task
 from nanochat.tasks.identity import Identity
 from nanochat.tasks.spelling import Spelling
-from nanochat.tasks.synthetic import Arithmetic, Copying, Parity
+from nanochat.tasks.synthetic import Arithmetic, Copying, Kinds
 
 __all__ = ["TASKS", "Conversation", "Example", "Split", "Task", "make_task", "mixture"]
 
 TASKS = {
     "arithmetic": Arithmetic,
-    "parity": Parity,
+    "kinds": Kinds,
     "copying": Copying,
     "identity": Identity,
     "spelling": Spelling,

@@ -2,7 +2,7 @@
 
 - `copying`: repeat a short row of letters and digits.
 - `arithmetic`: sums, differences and products, worked out with the calculator.
-- `parity`: is a number even or odd, as a multiple choice.
+- `kinds`: are these letters or digits, as a multiple choice.
 
 Words and symbols keep their blanks in question and reply, so that the tokenizer cuts both the same
 way and what is to be copied is a row of equal tokens.
@@ -11,6 +11,7 @@ way and what is to be copied is a row of equal tokens.
 from __future__ import annotations
 
 import random
+import string
 
 from nanochat.tasks.common import (
     LETTERS,
@@ -21,7 +22,7 @@ from nanochat.tasks.common import (
     render_choices,
 )
 
-SYMBOLS = "abcdefghijklmnopqrstuvwxyz0123456789"
+SYMBOLS = string.ascii_lowercase + string.digits
 
 
 class Copying(GeneratedTask):
@@ -61,17 +62,19 @@ class Arithmetic(GeneratedTask):
         return Instance(f"{low} {sign} {top}", example)
 
 
-class Parity(GeneratedTask):
-    """Is a number of up to three digits even or odd, with the letters A and B."""
+class Kinds(GeneratedTask):
+    """Are these letters or digits, with the letters A and B."""
 
-    name = "parity"
+    name = "kinds"
     kind = "choice"
     chance = 0.5
-    num_test = 64
 
     def draw(self, rng: random.Random) -> Instance:
-        number = rng.randrange(1000)
-        prompt = render_choices(f"Is {number} even or odd?", ["even", "odd"])
-        answer = LETTERS[number % 2]
+        names = ["letters", "digits"]
+        wanted = rng.randrange(2)
+        symbols = (string.ascii_lowercase, string.digits)[wanted]
+        row = " ".join(rng.choice(symbols) for _ in range(rng.randint(3, 4)))
+        prompt = render_choices(f"What are {row}?", names)
+        answer = LETTERS[wanted]
         example = Example(conversation(prompt, answer), answer, tuple(LETTERS[:2]))
-        return Instance(str(number), example)
+        return Instance(row, example)
