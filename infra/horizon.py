@@ -1,68 +1,75 @@
-"""The budget as horizon: what the supervisor tells a training stage about the time it has.
+"""How the budget's time is shared between the stage that runs and what has to follow it.
 
-The trainer knows no money; it reads stages/STAGE.horizon.json, which is written here once a second.
+The estimates are the plan's, corrected by what this run has measured: a stage that took twice its
+plan makes the later ones count twice.
 """
 
+import time
+from collections.abc import Iterator
 from typing import Any
 
-from infra import budget
-from nanochat.rundir import RunDir, atomic_write_json, read_json, read_jsonl
-from nanochat.spec import STAGES, TRAIN_STAGES, RunSpec
+from infra.budget import fraction_used
+from nanochat.rundir import RunDir, atomic_write_json
+from nanochat.spec import STAGES, RunSpec
 
-SAVE_MARGIN = 2.0
-"""Planned or measured save times are doubled: a shared volume is not always as fast."""
-LEAST_RESERVE_S = 5.0
-
-
-def write_horizon(run: RunDir, spec: RunSpec, stage: str, left_s: float, now: float) -> None:
-    """Tell a stage whose horizon is the budget how much of it is used."""
-    settings = getattr(spec, stage)
-    if getattr(settings, "horizon", None) != "budget":
-        return
-    path = run.path / "stages" / f"{stage}.horizon.json"
-    _, used_s = budget.spent(read_jsonl(run.ledger_file), now)
-    told = read_json(path)
-    began_s = float(told["began_used_s"]) if isinstance(told, dict) else used_s
-    left_s -= reserve_s(run, spec, stage) + later_s(run, spec, stage)
-    fraction, per_s = budget.fraction_used(used_s - began_s, left_s)
-    atomic_write_json(
-        path,
-        {"time": now, "fraction": fraction, "fraction_per_s": per_s, "began_used_s": began_s},
-    )
+SAVE_FACTOR = 2.0
+"""A save while others write to the same volume, against the last measured one."""
+LEAST_SAVE_S = 1.0
+LEAST_REPORT_S = 3.0
 
 
-def reserve_s(run: RunDir, spec: RunSpec, stage: str) -> float:
-    """Seconds to keep back for what follows a stop of `stage`: the save, evaluation and report."""
-    plan = read_json(run.plan_file) or {}
-    save_s = max(float((plan.get("stop") or {}).get("save_s", 0.0)), _measured_save_s(run))
-    tail = ("evaluate", "report") if stage in TRAIN_STAGES else ("report",)
-    rest_s = sum(_planned_s(plan, name) for name in tail if name in spec.stages)
-    return max(LEAST_RESERVE_S, SAVE_MARGIN * save_s + _slowness(run, plan, stage) * rest_s)
+class StageClock:
+    """Times of the stages of one run: planned, measured, still to come."""
 
+    def __init__(self, run: RunDir, spec: RunSpec, plan: dict[str, Any]) -> None:
+        self._run = run
+        self._spec = spec
+        stages = [*plan.get("stages", ()), *plan.get("other_stages", ())]
+        self._planned_s = {s["stage"]: 3600.0 * float(s["hours"] or 0.0) for s in stages}
 
-def later_s(run: RunDir, spec: RunSpec, stage: str) -> float:
-    """Seconds that the training stages after `stage` will take, at the speed that was measured."""
-    plan = read_json(run.plan_file) or {}
-    after = [s for s in spec.stages if STAGES.index(s) > STAGES.index(stage)]
-    later = sum(_planned_s(plan, s) for s in after if s not in ("evaluate", "report"))
-    return _slowness(run, plan, stage) * later
+    def reserve_s(self, stage: str) -> float:
+        """Seconds before the end of the budget at which `stage` has to stop.
 
+        Enough for its last save, and for the evaluation and the report where the spec has them.
+        """
+        reserve_s = self._save_s(stage)
+        for last in ("evaluate", "report"):
+            if stage != last and getattr(self._spec, last) is not None:
+                reserve_s += self._expected_s(last)
+        return reserve_s
 
-def _planned_s(plan: dict[str, Any], stage: str) -> float:
-    listed = [*plan.get("stages", []), *plan.get("other_stages", [])]
-    return sum(3600.0 * float(s["hours"]) for s in listed if s["stage"] == stage)
+    def following_s(self, stage: str) -> float:
+        """Seconds that its own last save and all stages after `stage` are expected to take."""
+        later = [s for s in self._spec.stages if STAGES.index(s) > STAGES.index(stage)]
+        return self._save_s(stage) + sum(self._expected_s(s) for s in later)
 
+    def write_horizon(self, stage: str, left_s: float, consumed_s: float) -> None:
+        """Tell the trainer how much of a budget horizon is used (see trainer.Horizon)."""
+        stage_left_s = max(0.0, left_s - self.following_s(stage))
+        fraction, per_s = fraction_used(consumed_s, stage_left_s)
+        atomic_write_json(
+            self._run.path / "stages" / f"{stage}.horizon.json",
+            {"time": time.time(), "fraction": fraction, "fraction_per_s": per_s},
+        )
 
-def _measured_save_s(run: RunDir) -> float:
-    """The slowest save that a stage of this run has reported."""
-    outcomes = [run.outcome(stage) for stage in TRAIN_STAGES]
-    return max((float(o.facts.get("checkpoint_s") or 0.0) for o in outcomes if o), default=0.0)
+    def _expected_s(self, stage: str) -> float:
+        least_s = LEAST_REPORT_S if stage == "report" else 0.0
+        return max(least_s, self._planned_s.get(stage, 0.0) * self._slowness())
 
+    def _slowness(self) -> float:
+        """Measured over planned time of the training stages that are done; at least 1."""
+        ratios = [1.0]
+        for stage, seconds in self._done_s():
+            if self._planned_s.get(stage, 0.0) > 0.0 and stage in ("base_train", "mid_train"):
+                ratios.append(seconds / self._planned_s[stage])
+        return max(ratios)
 
-def _slowness(run: RunDir, plan: dict[str, Any], stage: str) -> float:
-    """Planned over measured tokens per second of the running stage, at least 1."""
-    planned = next((s for s in plan.get("stages", []) if s["stage"] == stage), None)
-    measured = float(run.progress(stage).get("tokens_per_s") or 0.0)
-    if planned is None or measured <= 0.0:
-        return 1.0
-    return max(1.0, float(planned["tokens_per_s"]) / measured)
+    def _done_s(self) -> Iterator[tuple[str, float]]:
+        for stage in self._spec.stages:
+            outcome = self._run.outcome(stage)
+            if outcome is not None and outcome.outcome == "done":
+                yield stage, outcome.seconds
+
+    def _save_s(self, stage: str) -> float:
+        measured = self._run.progress(stage).get("save_s") or 0.0
+        return max(LEAST_SAVE_S, SAVE_FACTOR * float(measured))

@@ -17,8 +17,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from infra import budget, horizon
+from infra import budget
 from infra.console import Console
+from infra.horizon import StageClock
 from infra.processes import StageProcess, stage_command, stage_env
 from nanochat.rundir import (
     EXIT_BUDGET,
@@ -38,7 +39,7 @@ from nanochat.rundir import (
     nanochat_home,
     read_jsonl,
 )
-from nanochat.spec import TRAIN_STAGES, WEIGHT_STAGES, RunSpec
+from nanochat.spec import WEIGHT_STAGES, RunSpec
 
 POLL_S = 0.1
 STATUS_EVERY_S = 1.0
@@ -72,6 +73,8 @@ class Price:
 
     usd_per_hour: float
     source: str
+    instance: str | None = None
+    """What a provider bills while it exists, busy or idle."""
 
 
 class Supervisor:
@@ -95,6 +98,7 @@ class Supervisor:
         self.console = console
         self.command = command
         self.lease = Lease(run)
+        self.clock = StageClock(run, spec, plan)
         self.stage: str | None = None
         self.stop_reason: StopReason | None = None
         self.stop_deadline_s = 0.0
@@ -140,7 +144,7 @@ class Supervisor:
                 self._run_stage(stage)
         except StageStopped:
             if self.stop_reason is StopReason.BUDGET:
-                self._write_last_report()
+                self._finish_budget()
                 return EXIT_BUDGET, f"budget spent; everything is saved in {self.run_dir.path}"
             return EXIT_STOPPED, f"stopped ({self.stop_reason}) with a checkpoint; {resume}"
         except RunEnded as e:
@@ -236,15 +240,25 @@ class Supervisor:
 
     def _watch_budget(self, stage: str, now: float) -> None:
         """Ask for a stop when what is left is only enough to save, evaluate and report."""
-        if self.stop_reason is not None:
+        left_s = self._left_s(now)
+        if left_s is None or self.stop_reason is not None:
             return
-        left = budget.time_left_s(self.spec.budget, read_jsonl(self.run_dir.ledger_file), now)
-        if left is None:
-            return
-        if stage in TRAIN_STAGES:
-            horizon.write_horizon(self.run_dir, self.spec, stage, left, now)
-        if left <= horizon.reserve_s(self.run_dir, self.spec, stage):
-            self._request_stop(StopReason.BUDGET, max(left, self.spec.stop_grace_s))
+        if stage == "base_train":
+            self.clock.write_horizon(stage, left_s, self._consumed_s(stage, now))
+        reserve_s = self.clock.reserve_s(stage)
+        if left_s <= reserve_s:
+            self._request_stop(StopReason.BUDGET, min(left_s, max(reserve_s, 1.0)))
+
+    def _left_s(self, now: float) -> float | None:
+        return budget.time_left_s(self.spec.budget, read_jsonl(self.run_dir.ledger_file), now)
+
+    def _consumed_s(self, stage: str, now: float) -> float:
+        """Wall clock that a stage has had, over all restarts."""
+        outcome = self.run_dir.outcome(stage)
+        if outcome is None:
+            return 0.0
+        since = float(outcome.facts.get("since", now)) if outcome.outcome == "running" else now
+        return outcome.seconds + max(0.0, now - since)
 
     def _request_stop(self, reason: StopReason, grace_s: float) -> None:
         self.stop_reason = reason
@@ -268,14 +282,20 @@ class Supervisor:
         silence_s = time.time() - float(progress.get("time", started_s))
         return silence_s > hang_limit_s(progress, self.spec.runtime.hang_s)
 
-    def _write_last_report(self) -> None:
-        """After the money has ended: the report reads files only and takes seconds."""
-        if self.spec.report is not None:
-            self.stage = "report"
+    def _finish_budget(self) -> None:
+        """After a stop by the budget: evaluate what there is in the time left, and report."""
+        for stage in ("evaluate", "report"):
+            if getattr(self.spec, stage) is None or self.run_dir.is_done(stage):
+                continue
+            left_s = self._left_s(time.time()) or 0.0
+            if stage == "evaluate" and left_s <= self.clock.reserve_s(stage):
+                continue
             self.run_dir.clear_stop()
-            self.stop_reason = None
-            self._run_once("report")
-            self.stop_reason = StopReason.BUDGET
+            self.stage, self.stop_reason = stage, None
+            self._run_once(stage)
+            if stage == "report":  # it is written again when the run goes on
+                self.run_dir.outcome_file(stage).unlink(missing_ok=True)
+        self.stop_reason = StopReason.BUDGET
 
     # -- files
 
@@ -286,6 +306,7 @@ class Supervisor:
             "usd_per_hour": self.price.usd_per_hour,
             "source": self.price.source,
             "host": socket.gethostname(),
+            "instance": self.price.instance,
         }
         append_jsonl(self.run_dir.ledger_file, record, durable=True)
 

@@ -9,7 +9,9 @@
 """
 
 import math
+import resource
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -34,6 +36,7 @@ SPIKE_AFTER_STEPS = 20
 """Losses that the running mean needs before a spike is called one."""
 LOSS_DECAY = 0.95
 PROGRESS_EVERY_S = 0.5
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,7 @@ def fit(
                 step=at.step,
                 num_steps=numbers.num_steps,
                 val_bpb=at.last_bpb,
+                save_s=checkpointer.last_save_s,
                 **facts,
             )
 
@@ -326,7 +330,7 @@ def fit(
             "device_batch_size": numbers.device_batch_size,
             "grad_accum_steps": numbers.grad_accum_steps,
             "world_size": dist.world_size,
-            "peak_memory_gib": dist.peak_memory_gib(),
+            "peak_memory_gib": _peak_memory_gib(dist.device),
             "checkpoint_stall_s": stalls_s,
             "checkpoint_s": checkpointer.last_save_s,
             "checkpoint_bytes": checkpointer.last_bytes,
@@ -383,6 +387,14 @@ def _can_save_in_time(run: RunDir, checkpointer: Checkpointer) -> bool:
     if request is None or checkpointer.last_save_s is None:
         return True
     return time.time() + 1.5 * checkpointer.last_save_s < request.deadline_s
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """Most memory that this process has held: of the GPU, or resident in the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / GIB
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): KiB on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
 def _median(times_s: deque[float], otherwise: float = 0.0) -> float:
