@@ -13,6 +13,7 @@ import platform
 import statistics
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ SOURCE_DIR = Path(__file__).resolve().parent.parent
 """The checkout, or the folder of an installed package."""
 IMAGE_FILE = Path("/opt/nanochat/image.json")
 """What the image says of itself, where this is one."""
+SOURCE_SUFFIXES = (".py", ".rs", ".html", ".j2")
 
 log = logging.getLogger(__name__)
 
@@ -165,3 +167,34 @@ def _sha256(path: Path) -> str | None:
     with contextlib.suppress(OSError):
         return hashlib.sha256(path.read_bytes()).hexdigest()
     return None
+
+
+@dataclass(frozen=True)
+class SourceSize:
+    """How much there is to read."""
+
+    files: int
+    lines: int
+    characters: int
+    dependencies: int | None
+    """Locked packages; None where the lock file is not there (an installed wheel)."""
+
+
+def source_size() -> SourceSize:
+    """Counts this project's own source files."""
+    roots = [SOURCE_DIR / name for name in ("entrypoint.py", "infra", "nanochat", "rustbpe/src")]
+    files = [f for root in roots for f in _source_files(root)]
+    texts = [f.read_text(encoding="utf-8", errors="replace") for f in files]
+    lock = SOURCE_DIR / "requirements.lock"
+    return SourceSize(
+        files=len(files),
+        lines=sum(text.count("\n") for text in texts),
+        characters=sum(len(text) for text in texts),
+        dependencies=lock.read_text().count("==") if lock.is_file() else None,
+    )
+
+
+def _source_files(root: Path) -> list[Path]:
+    if root.is_file():
+        return [root]
+    return sorted(f for f in root.rglob("*") if f.suffix in SOURCE_SUFFIXES)
