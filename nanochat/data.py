@@ -108,11 +108,13 @@ class Loader:
         )
         self._direct = steps if num_ahead == 0 else None
         self._ready: queue.Queue[StepBatch | BaseException] = queue.Queue(max(1, num_ahead))
-        weakref.finalize(self, _shut_down, self._stop, self._pool)
-        if num_ahead:
-            threading.Thread(
-                target=_run_ahead, args=(steps, self._ready, self._stop), name="loader", daemon=True
-            ).start()
+        self._thread = threading.Thread(
+            target=_run_ahead, args=(steps, self._ready, self._stop), name="loader", daemon=True
+        )
+        if num_ahead > 0:
+            self._thread.start()
+        # also at the end of the interpreter, which must not cut off a thread inside of pyarrow
+        self._finalizer = weakref.finalize(self, _shut_down, self._stop, self._pool, self._thread)
 
     def __iter__(self) -> Self:
         return self
@@ -130,8 +132,8 @@ class Loader:
         return batch
 
     def close(self) -> None:
-        """End the threads; iterating stops."""
-        _shut_down(self._stop, self._pool)
+        """End the threads and wait for them; iterating stops."""
+        self._finalizer()
 
     def __enter__(self) -> Self:
         return self
@@ -145,10 +147,14 @@ def _num_workers(world_size: int) -> int:
     return max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // (2 * world_size)))
 
 
-def _shut_down(stop: threading.Event, pool: ThreadPoolExecutor | None) -> None:
+def _shut_down(
+    stop: threading.Event, pool: ThreadPoolExecutor | None, thread: threading.Thread
+) -> None:
     stop.set()
     if pool is not None:
         pool.shutdown(wait=False, cancel_futures=True)
+    if thread.is_alive() and thread is not threading.current_thread():
+        thread.join()
 
 
 def _run_ahead(

@@ -1,7 +1,9 @@
 """The training stream: every token once, for any ranks, lengths, seeds and kills."""
 
+import gc
 import json
 import math
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -207,6 +209,21 @@ def test_worker_threads_do_not_change_the_stream() -> None:
         assert all(same(next(loader), e) for e in expected)
         assert loader.wait_s > 0
     assert next(loader, None) is None, "a closed loader has ended"
+
+
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_no_thread_outlives_its_loader(end: str) -> None:
+    before = set(threading.enumerate())
+    loader = Loader(NumberedSource([10] * 500, 0, is_slow=True), seq_len=16, rows_per_step=8)
+    next(loader)
+    assert any(thread.name == "loader" for thread in set(threading.enumerate()) - before)
+    if end == "close":
+        loader.close()
+    else:
+        del loader
+        gc.collect()
+    left = [t for t in set(threading.enumerate()) - before if t.name == "loader"]
+    assert not left
 
 
 def test_errors_of_the_workers_reach_the_loop() -> None:
