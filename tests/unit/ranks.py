@@ -11,9 +11,11 @@ import torch
 
 from nanochat import distributed
 
-# A server that has imported torch once, and forks: ranks start in tens of milliseconds.
+# A server that imports the slow modules once, and forks: ranks start in a fraction of a second.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["nanochat.gpt", "nanochat.optim", "nanochat.checkpoint"])
+_context.set_forkserver_preload(
+    ["nanochat.gpt", "nanochat.optim", "nanochat.checkpoint", "torch._dynamo", "pytest"]
+)
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
