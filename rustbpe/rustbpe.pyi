@@ -1,0 +1,69 @@
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+GPT4_PATTERN: str
+"""The split pattern that is used when none is given: GPT-4's, digits in groups of up to 3."""
+
+Progress = Callable[[str, int, int | None], object]
+"""Called about ten times a second with the phase ("count": bytes of text, "merge": merges), how
+much is done, and the total if it is known. An exception from it ends the work."""
+
+class Tokenizer:
+    """A byte pair encoding tokenizer: 256 single-byte tokens, then one token per merge.
+
+    All work runs with the GIL released and can be interrupted (Ctrl-C). A tokenizer changes only
+    when training succeeds; other threads may use it meanwhile.
+    """
+
+    def __init__(self) -> None:
+        """No merges and an empty pattern: encodes every text to nothing until trained."""
+
+    @staticmethod
+    def from_merges(merges: Sequence[tuple[int, int]], pattern: str = ...) -> Tokenizer:
+        """Merge i joins two tokens into token 256 + i. ValueError for merges that name a token
+        before it exists or that repeat, and for a pattern that does not compile."""
+
+    def train_from_iterator(
+        self,
+        iterator: Iterable[str],
+        vocab_size: int,
+        buffer_size: int = 8192,
+        pattern: str | None = None,
+        *,
+        num_threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Learn up to `vocab_size - 256` merges; fewer when no pair is left.
+
+        `buffer_size` is the number of texts taken from Python at a time, `num_threads` None is
+        one per processor; neither changes the result. ValueError: vocab_size below 256, a pattern
+        that does not compile. TypeError: an item that is no str. UnicodeEncodeError: a lone
+        surrogate, with its position. What the iterator raises passes through.
+        """
+
+    def get_pattern(self) -> str: ...
+    @property
+    def vocab_size(self) -> int:
+        """256 + the number of merges."""
+
+    def get_merges(self) -> list[tuple[int, int]]: ...
+    def get_mergeable_ranks(self) -> list[tuple[bytes, int]]:
+        """Every token's bytes and id, by id: what `tiktoken.Encoding` takes, as a dict."""
+
+    def encode(self, text: str) -> list[int]: ...
+    def batch_encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, on all processors."""
+
+    def encode_batch(
+        self, texts: Sequence[str], num_threads: int | None = None, prefix: int | None = None
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """The ids of all texts end to end, and where each text starts (one entry more than texts).
+        With `prefix`, each text's ids start with it."""
+
+    def count_tokens(self, text: str) -> int: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """ValueError: no such id. UnicodeDecodeError: the bytes are not whole characters."""
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes: ...

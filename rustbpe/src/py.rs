@@ -1,0 +1,394 @@
+//! The Python module `rustbpe`: argument conversion, errors, signals; no work of its own.
+//!
+//! * The GIL is released around all work. The calling thread wakes [`WAKE`] times apart to let
+//!   Python handle signals (Ctrl-C) and to report progress.
+//! * A tokenizer changes only when training succeeds, in one step; other threads may encode
+//!   with it meanwhile.
+
+use std::ops::ControlFlow;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::thread;
+use std::time::Duration;
+
+use pyo3::exceptions::{PyUnicodeDecodeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
+use pyo3::types::{PyByteArray, PyBytes, PyIterator, PyString};
+
+use crate::batch::Encoded;
+use crate::control::Control;
+use crate::count::{BATCH_BYTES, Batch, Feed, count_words};
+use crate::encode::Encoder;
+use crate::pattern::{GPT4, Pattern, PatternError};
+use crate::train::{NUM_BYTES, Pair, TrainError, train};
+use crate::vocab::{Vocab, VocabError};
+use crate::words::WordCounts;
+
+const WAKE: Duration = Duration::from_millis(100);
+
+macro_rules! value_error {
+    ($($error:ty),*) => {
+        $(impl From<$error> for PyErr {
+            fn from(error: $error) -> PyErr {
+                PyValueError::new_err(error.to_string())
+            }
+        })*
+    };
+}
+
+value_error!(PatternError, TrainError, VocabError);
+
+/// Who is told how far the work is: `callback(phase, done, total)`.
+struct Watch<'a, 'py> {
+    py: Python<'py>,
+    control: &'a Control,
+    callback: Option<&'a Bound<'py, PyAny>>,
+}
+
+impl Watch<'_, '_> {
+    /// Lets Python handle its signals and reports progress. An error ends the work.
+    fn look(&self, phase: &str, total: Option<u64>) -> PyResult<()> {
+        self.py.check_signals()?;
+        if let Some(callback) = self.callback {
+            let done = match phase {
+                "merge" => &self.control.merges,
+                _ => &self.control.bytes,
+            };
+            callback.call1((phase, done.load(Ordering::Relaxed), total))?;
+        }
+        Ok(())
+    }
+
+    /// Runs `work` on another thread with the GIL released, looking up every [`WAKE`].
+    fn run<T: Send>(
+        &self,
+        phase: &str,
+        total: Option<u64>,
+        work: impl FnOnce() -> T + Send,
+    ) -> PyResult<T> {
+        thread::scope(|scope| {
+            let (running, mut done) = channel::<()>();
+            let worker = scope.spawn(move || {
+                let result = work();
+                drop(running);
+                result
+            });
+            let looked = loop {
+                let done = &mut done;
+                let waited = self.py.detach(move || done.recv_timeout(WAKE));
+                let ended = waited == Err(RecvTimeoutError::Disconnected);
+                if let Err(error) = self.look(phase, total) {
+                    self.control.stop();
+                    break Err(error);
+                }
+                if ended {
+                    break Ok(());
+                }
+            };
+            let result = self.py.detach(move || worker.join());
+            looked?;
+            Ok(result.unwrap_or_else(|e| std::panic::resume_unwind(e)))
+        })
+    }
+}
+
+/// A byte pair encoding tokenizer.
+#[pyclass(frozen, module = "rustbpe")]
+pub struct Tokenizer {
+    encoder: RwLock<Arc<Encoder>>,
+}
+
+impl Tokenizer {
+    fn encoder(&self) -> Arc<Encoder> {
+        self.encoder
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    fn learn(
+        &self,
+        watch: &Watch,
+        pattern: Pattern,
+        words: WordCounts,
+        vocab_size: u32,
+    ) -> PyResult<()> {
+        let total = u64::from(vocab_size - NUM_BYTES);
+        let merges = watch.run("merge", Some(total), || {
+            train(words, vocab_size, watch.control)
+        })??;
+        let encoder = Encoder::new(pattern, Vocab::new(merges)?);
+        *self.encoder.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(encoder);
+        Ok(())
+    }
+}
+
+#[pymethods]
+impl Tokenizer {
+    #[new]
+    fn new() -> Tokenizer {
+        let encoder = Encoder::new(Pattern::default(), Vocab::default());
+        Tokenizer {
+            encoder: RwLock::new(Arc::new(encoder)),
+        }
+    }
+
+    /// A tokenizer with these merges; merge i makes token 256 + i.
+    #[staticmethod]
+    #[pyo3(signature = (merges, pattern=GPT4))]
+    fn from_merges(merges: Vec<Pair>, pattern: &str) -> PyResult<Tokenizer> {
+        let encoder = Encoder::new(Pattern::new(pattern)?, Vocab::new(merges)?);
+        Ok(Tokenizer {
+            encoder: RwLock::new(Arc::new(encoder)),
+        })
+    }
+
+    /// Learns a vocabulary from an iterator of texts.
+    #[pyo3(signature = (
+        iterator, vocab_size, buffer_size=8192, pattern=None, *, num_threads=None, progress=None
+    ))]
+    #[allow(clippy::too_many_arguments)] // The signature that Python sees.
+    fn train_from_iterator(
+        &self,
+        py: Python<'_>,
+        iterator: &Bound<'_, PyAny>,
+        vocab_size: u32,
+        buffer_size: usize,
+        pattern: Option<&str>,
+        num_threads: Option<usize>,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        if buffer_size == 0 {
+            return Err(PyValueError::new_err("buffer_size must be at least 1"));
+        }
+        check_vocab_size(vocab_size)?;
+        let threads = check_threads(num_threads)?;
+        let pattern = Pattern::new(pattern.unwrap_or(GPT4))?;
+        let texts = iterator.try_iter()?;
+        let control = Control::default();
+        let watch = Watch {
+            py,
+            control: &control,
+            callback: progress,
+        };
+        let words = count_words(&pattern, threads, &control, |feed| {
+            feed_from_iterator(&watch, feed, texts, buffer_size)
+        })?;
+        self.learn(&watch, pattern, words, vocab_size)
+    }
+
+    /// The split pattern; empty before training.
+    fn get_pattern(&self) -> String {
+        self.encoder().pattern().source().to_owned()
+    }
+
+    /// 256 + the number of merges.
+    #[getter]
+    fn vocab_size(&self) -> u32 {
+        self.encoder().vocab().size()
+    }
+
+    /// The merges in order, as pairs of token ids.
+    fn get_merges(&self) -> Vec<Pair> {
+        self.encoder().vocab().merges().to_vec()
+    }
+
+    /// Every token's bytes and id, by id.
+    fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, u32)> {
+        let encoder = self.encoder();
+        let vocab = encoder.vocab();
+        let token = |id| vocab.token(id).expect("ids below the size are tokens");
+        (0..vocab.size())
+            .map(|id| (PyBytes::new(py, token(id)), id))
+            .collect()
+    }
+
+    /// The ids of a text.
+    fn encode(&self, py: Python<'_>, text: PyBackedStr) -> PyResult<Vec<u32>> {
+        let encoder = self.encoder();
+        if text.len() <= BATCH_BYTES {
+            return py.detach(|| {
+                let mut ids = Vec::with_capacity(text.len() / 3 + 8);
+                encoder.encode(&text, &mut ids)?;
+                Ok(ids)
+            });
+        }
+        Ok(encode_watched(py, &encoder, &[text], None, 1)?
+            .runs
+            .concat())
+    }
+
+    /// The ids of each text, on all processors.
+    fn batch_encode(&self, py: Python<'_>, texts: Vec<PyBackedStr>) -> PyResult<Vec<Vec<u32>>> {
+        let encoded = encode_watched(py, &self.encoder(), &texts, None, check_threads(None)?)?;
+        let ids = encoded.runs.concat();
+        Ok(encoded
+            .offsets
+            .windows(2)
+            .map(|two| ids[two[0]..two[1]].to_vec())
+            .collect())
+    }
+
+    /// The ids of all texts as one int32 array, and an int64 array of where each text starts.
+    #[pyo3(signature = (texts, num_threads=None, prefix=None))]
+    fn encode_batch<'py>(
+        &self,
+        py: Python<'py>,
+        texts: Vec<PyBackedStr>,
+        num_threads: Option<usize>,
+        prefix: Option<u32>,
+    ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
+        let threads = check_threads(num_threads)?;
+        let encoded = encode_watched(py, &self.encoder(), &texts, prefix, threads)?;
+        Ok((ids_array(py, &encoded)?, offsets_array(py, &encoded)?))
+    }
+
+    /// Number of ids of a text.
+    fn count_tokens(&self, py: Python<'_>, text: PyBackedStr) -> PyResult<usize> {
+        Ok(encode_watched(py, &self.encoder(), &[text], None, 1)?.len())
+    }
+
+    /// The text of some ids.
+    fn decode<'py>(&self, py: Python<'py>, ids: Vec<u32>) -> PyResult<Bound<'py, PyString>> {
+        let bytes = self.bytes_of(&ids)?;
+        match std::str::from_utf8(&bytes) {
+            Ok(text) => Ok(PyString::new(py, text)),
+            Err(error) => {
+                let error = PyUnicodeDecodeError::new_utf8(py, &bytes, error)?;
+                Err(PyErr::from_value(error.into_any()))
+            }
+        }
+    }
+
+    /// The bytes of some ids, which need not be whole characters.
+    fn decode_bytes<'py>(&self, py: Python<'py>, ids: Vec<u32>) -> PyResult<Bound<'py, PyBytes>> {
+        Ok(PyBytes::new(py, &self.bytes_of(&ids)?))
+    }
+}
+
+impl Tokenizer {
+    fn bytes_of(&self, ids: &[u32]) -> PyResult<Vec<u8>> {
+        let unknown = |id| PyValueError::new_err(format!("Unknown token id: {id}"));
+        self.encoder().vocab().decode(ids).map_err(unknown)
+    }
+}
+
+fn check_vocab_size(vocab_size: u32) -> Result<(), TrainError> {
+    if vocab_size < NUM_BYTES {
+        Err(TrainError::VocabTooSmall(vocab_size))
+    } else {
+        Ok(())
+    }
+}
+
+/// Number of threads to use: as asked, or one per processor that this process may use.
+fn check_threads(asked: Option<usize>) -> PyResult<usize> {
+    match asked {
+        Some(0) => Err(PyValueError::new_err("num_threads must be at least 1")),
+        Some(threads) => Ok(threads),
+        None => Ok(thread::available_parallelism().map_or(1, usize::from)),
+    }
+}
+
+/// Takes texts from Python with the GIL held and hands them over in batches.
+fn feed_from_iterator(
+    watch: &Watch,
+    feed: &Feed,
+    texts: Bound<'_, PyIterator>,
+    buffer_size: usize,
+) -> PyResult<()> {
+    let mut batch = Batch::default();
+    for text in texts {
+        let text = text?.cast_into::<PyString>()?;
+        // A fresh object: asking the str for its UTF-8 would leave a copy inside it for good.
+        let utf8 = text.encode_utf8()?;
+        batch.push(std::str::from_utf8(utf8.as_bytes()).expect("UTF-8 was asked for"));
+        let full = batch.size() >= BATCH_BYTES || batch.len() >= buffer_size;
+        if full && hand_over(watch, feed, std::mem::take(&mut batch))?.is_break() {
+            return Ok(());
+        }
+    }
+    if hand_over(watch, feed, batch)?.is_continue() {
+        while !watch.py.detach(|| feed.finish(WAKE)) {
+            watch.look("count", None)?;
+        }
+    }
+    watch.look("count", None)
+}
+
+fn hand_over(watch: &Watch, feed: &Feed, mut batch: Batch) -> PyResult<ControlFlow<()>> {
+    loop {
+        let pushed = watch.py.detach(|| feed.push(batch, WAKE));
+        watch.look("count", None)?;
+        if feed.is_stopped() {
+            return Ok(ControlFlow::Break(()));
+        }
+        match pushed {
+            Ok(()) => return Ok(ControlFlow::Continue(())),
+            Err(returned) => batch = returned,
+        }
+    }
+}
+
+fn encode_watched(
+    py: Python<'_>,
+    encoder: &Encoder,
+    texts: &[PyBackedStr],
+    prefix: Option<u32>,
+    threads: usize,
+) -> PyResult<Encoded> {
+    let texts: Vec<&str> = texts.iter().map(|text| &**text).collect();
+    let control = Control::default();
+    let watch = Watch {
+        py,
+        control: &control,
+        callback: None,
+    };
+    Ok(watch.run("encode", None, || {
+        encoder.encode_batch(&texts, prefix, threads, &control)
+    })??)
+}
+
+fn ids_array<'py>(py: Python<'py>, encoded: &Encoded) -> PyResult<Bound<'py, PyAny>> {
+    let bytes = PyByteArray::new_with(py, encoded.len() * 4, |buffer| {
+        let ids = encoded.runs.iter().flatten();
+        for (cell, id) in buffer.as_chunks_mut::<4>().0.iter_mut().zip(ids) {
+            *cell = id.to_ne_bytes();
+        }
+        Ok(())
+    })?;
+    numpy_array(py, &bytes, "int32")
+}
+
+fn offsets_array<'py>(py: Python<'py>, encoded: &Encoded) -> PyResult<Bound<'py, PyAny>> {
+    let bytes = PyByteArray::new_with(py, encoded.offsets.len() * 8, |buffer| {
+        for (cell, offset) in buffer
+            .as_chunks_mut::<8>()
+            .0
+            .iter_mut()
+            .zip(&encoded.offsets)
+        {
+            *cell = (*offset as i64).to_ne_bytes();
+        }
+        Ok(())
+    })?;
+    numpy_array(py, &bytes, "int64")
+}
+
+/// A writable array on the memory of `bytes`.
+fn numpy_array<'py>(
+    py: Python<'py>,
+    bytes: &Bound<'py, PyByteArray>,
+    dtype: &str,
+) -> PyResult<Bound<'py, PyAny>> {
+    py.import("numpy")?
+        .call_method1("frombuffer", (bytes, dtype))
+}
+
+#[pymodule]
+fn rustbpe(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("GPT4_PATTERN", GPT4)?;
+    module.add_class::<Tokenizer>()
+}
