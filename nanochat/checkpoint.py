@@ -208,6 +208,16 @@ class Checkpointer:
             ) from None
         return PROBE_BYTES / elapsed_s
 
+    def prepare(self, state: State) -> None:
+        """Allocate the host buffers in the background: the first save then stalls as the later do.
+
+        state: as it will be given to `save`; only shapes and devices matter.
+        """
+        self.wait()
+        planner = self._planner(flatten(state)[0])
+        if self.policy.asynchronous:
+            self._pending, self._pending_step = self._thread.submit(self._allocate, planner), None
+
     def save(
         self,
         step: int,
@@ -289,16 +299,20 @@ class Checkpointer:
             self._buffers = {}
         return planner
 
-    def _copy(self, planner: DefaultSavePlanner) -> Resolve:
-        """Copy this rank's part of the state to the host buffers."""
-        on_cuda = False
+    def _allocate(self, planner: DefaultSavePlanner) -> None:
         for item in self._plan.items:
-            live = planner.resolve_data(item)
-            assert isinstance(live, Tensor)
             if item.index not in self._buffers:
-                self._buffers[item.index] = torch.empty(
+                live = cast(Tensor, planner.resolve_data(item))
+                self._buffers[item.index] = torch.zeros(
                     live.shape, dtype=live.dtype, pin_memory=live.is_cuda
                 )
+
+    def _copy(self, planner: DefaultSavePlanner) -> Resolve:
+        """Copy this rank's part of the state to the host buffers."""
+        self._allocate(planner)
+        on_cuda = False
+        for item in self._plan.items:
+            live = cast(Tensor, planner.resolve_data(item))
             self._buffers[item.index].copy_(live.detach(), non_blocking=True)
             on_cuda = on_cuda or live.is_cuda
         if on_cuda:

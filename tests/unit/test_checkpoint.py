@@ -12,7 +12,7 @@ import pytest
 import torch
 from faultfs import FullStorage
 from safetensors.torch import load_file
-from states import NO_FLOOR, assert_same, damage, leaves, save_steps, state_of
+from states import IN_LINE, NO_FLOOR, assert_same, damage, leaves, save_steps, state_of
 from torch import Tensor
 
 from nanochat.checkpoint import (
@@ -133,6 +133,18 @@ def test_the_loop_may_change_the_state_while_it_is_written(tmp_path: Path) -> No
     assert_same(first, state_of(1))
     steps = [name for name in storage.events if "step" in name]
     assert steps.index("step_000001") < steps.index(".step_000002.tmp")
+
+
+@pytest.mark.parametrize("policy", [NO_FLOOR, IN_LINE])
+def test_buffers_may_be_prepared(tmp_path: Path, policy: CheckpointPolicy) -> None:
+    with Checkpointer(tmp_path, policy) as saver:
+        saver.prepare(state_of(0))
+        assert saver.saving_step is None
+        saver.save(1, state_of(1), {})
+        saver.wait()
+        state = state_of(0)
+        assert saver.load_latest(state) is not None
+    assert_same(state, state_of(1))
 
 
 def test_state_that_grows_is_planned_anew(tmp_path: Path) -> None:
