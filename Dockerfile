@@ -1,0 +1,156 @@
+# One image for every place: a laptop's CPU, a cloud GPU under SkyPilot or RunPod, and, converted to
+# a SIF, a SLURM cluster. docs/docker.md says how to use it and why it is cut like this.
+#
+#   base -> tools -> wheel ----------------------> app --+
+#   base -> system -> dependencies -> runtime -----------+-> image
+#                                      data -------------+
+#
+# Build arguments:
+#   DATA              smoke, cpu, d20 or none: whose data is baked into /opt/nanochat/data
+#   SKYPILOT_RUNTIME  1 or 0: with what SkyPilot and RunPod else install at the price of the GPUs
+#   REQUIREMENTS      lock file of the Python packages; another one brings another torch or CUDA
+#   VERSION, REVISION, CREATED   for the labels
+
+ARG BASE=debian:bookworm-slim
+
+# ---------------------------------------------------------------------------------------------
+# tools of the build, with their hashes
+
+FROM ${BASE} AS tools
+RUN --mount=type=cache,target=/var/lib/apt/lists,sharing=locked \
+    --mount=type=cache,target=/var/cache/apt,sharing=locked \
+    apt-get update -qq \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-pip
+COPY infra/image/tools.lock /build/
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python3 -m pip install --quiet --break-system-packages --root-user-action=ignore \
+      --require-hashes -r /build/tools.lock
+
+# ---------------------------------------------------------------------------------------------
+# the Rust tokenizer as an abi3 wheel; rustc-web is the newest compiler that bookworm has
+
+FROM tools AS wheel
+RUN --mount=type=cache,target=/var/lib/apt/lists,sharing=locked \
+    --mount=type=cache,target=/var/cache/apt,sharing=locked \
+    apt-get update -qq \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+      cargo-web gcc libc6-dev
+WORKDIR /build/rustbpe
+COPY rustbpe /build/rustbpe
+RUN --mount=type=cache,target=/root/.cargo/registry \
+    --mount=type=cache,target=/build/target \
+    CARGO_TARGET_DIR=/build/target maturin build --release --locked --quiet \
+      --interpreter python3 --out /build/wheels \
+ && cargo metadata --locked --format-version 1 --filter-platform x86_64-unknown-linux-gnu \
+      > /build/cargo-metadata.json
+
+# ---------------------------------------------------------------------------------------------
+# Debian packages: Python, a compiler for Triton and inductor, and what SkyPilot and RunPod expect
+
+FROM ${BASE} AS system
+RUN --mount=type=cache,target=/var/lib/apt/lists,sharing=locked \
+    --mount=type=cache,target=/var/cache/apt,sharing=locked \
+    apt-get update -qq \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+      ca-certificates curl g++ gcc git ibverbs-providers libibverbs1 libpython3.11-dev \
+      openssh-client openssh-server patch procps python3 rsync sudo tini \
+ # Every pod makes its own host keys (ssh-keygen -A); a key in the image would be known to all.
+ && rm -rf /etc/ssh/ssh_host_* /var/cache/debconf/*-old /var/log/* \
+ && printf 'Acquire::Retries "0";\n' > /etc/apt/apt.conf.d/90nanochat \
+ && useradd --uid 1000 --gid root --home-dir /workspace/nanochat/home --shell /bin/bash \
+      --no-create-home nanochat \
+ && install -d -o nanochat -g root -m 2775 /workspace
+
+# ---------------------------------------------------------------------------------------------
+# Python packages, hashes enforced; CUDA's libraries come with torch, the driver from the host
+
+FROM system AS dependencies
+ARG REQUIREMENTS=requirements.lock
+COPY ${REQUIREMENTS} /opt/nanochat/requirements.lock
+RUN --mount=type=bind,from=tools,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
+    --mount=type=bind,source=infra/image/strip_venv.sh,target=/usr/local/bin/strip-venv \
+    --mount=type=cache,target=/root/.cache/uv \
+    uv venv --quiet --no-config --python /usr/bin/python3 /opt/nanochat/venv \
+ && UV_LINK_MODE=copy uv pip install --quiet --python /opt/nanochat/venv/bin/python \
+      --require-hashes --no-build -r /opt/nanochat/requirements.lock \
+ && strip-venv /opt/nanochat/venv \
+ && echo /opt/nanochat/app > /opt/nanochat/venv/lib/python3.11/site-packages/nanochat-app.pth
+ENV PATH=/opt/nanochat/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    LANG=C.UTF-8 \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+
+# ---------------------------------------------------------------------------------------------
+# SkyPilot's in-pod runtime, so that a pod starts in seconds and without any internet
+
+FROM dependencies AS runtime
+ARG SKYPILOT_RUNTIME=1
+COPY infra/image/skypilot-runtime.lock /opt/nanochat/skypilot-runtime.lock
+COPY infra/image/uv /root/.local/bin/uv
+RUN --mount=type=bind,from=tools,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
+    --mount=type=bind,source=infra/image/strip_venv.sh,target=/usr/local/bin/strip-venv \
+    --mount=type=cache,target=/root/.cache/uv \
+    if [ "${SKYPILOT_RUNTIME}" = 1 ]; then \
+      install -D -m 755 /usr/local/bin/uv /opt/nanochat/bin/uv \
+   && uv venv --quiet --no-config --python /usr/bin/python3 /root/skypilot-runtime \
+   && UV_LINK_MODE=copy uv pip install --quiet --python /root/skypilot-runtime/bin/python \
+        --require-hashes -r /opt/nanochat/skypilot-runtime.lock \
+   && strip-venv /root/skypilot-runtime; \
+    else rm /root/.local/bin/uv; fi
+
+# ---------------------------------------------------------------------------------------------
+# the kit itself: everything that changes with the code, in one small layer
+
+FROM runtime AS app
+ARG VERSION=0
+ARG REVISION=unknown
+COPY pyproject.toml README.md LICENSE entrypoint.py /build/
+COPY infra /build/infra
+COPY nanochat /build/nanochat
+COPY --from=wheel /build/wheels /build/wheels
+COPY --from=wheel /build/cargo-metadata.json /build/
+RUN --mount=type=bind,from=tools,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
+    cd /build \
+ && uv pip install --quiet --no-cache --python /opt/nanochat/venv/bin/python --no-deps \
+      --no-build-isolation --compile-bytecode --target /out/opt/nanochat/app wheels/*.whl . \
+ && mv /out/opt/nanochat/app/bin /out/opt/nanochat/bin \
+ && install -m 755 infra/image/entrypoint.sh /out/opt/nanochat/bin/entrypoint \
+ && install -d /out/usr/local/bin \
+ && ln -s /opt/nanochat/bin/nanochat /out/usr/local/bin/nanochat \
+ && ln -s ../requirements.lock /out/opt/nanochat/app/requirements.lock
+COPY configs /out/opt/nanochat/app/configs
+RUN cd /build \
+ && python -m infra.image.describe /out/opt/nanochat --version "${VERSION}" \
+      --revision "${REVISION}" --cargo-metadata cargo-metadata.json
+
+# ---------------------------------------------------------------------------------------------
+# data that every run finds before it looks anywhere else
+
+FROM dependencies AS data
+ARG DATA=smoke
+COPY --from=app /out/ /
+COPY infra/image/bake_data.sh /build/
+RUN --mount=type=cache,target=/var/cache/nanochat-data,uid=1000,gid=1000 \
+    --mount=type=secret,id=HF_TOKEN,uid=1000 \
+    mkdir -p /out && /build/bake_data.sh "${DATA}" /var/cache/nanochat-data /out/opt/nanochat/data
+
+# ---------------------------------------------------------------------------------------------
+
+FROM runtime AS image
+ARG VERSION=0
+ARG REVISION=unknown
+ARG CREATED=1970-01-01T00:00:00Z
+COPY --from=data /out/ /
+COPY --from=app /out/ /
+WORKDIR /workspace
+EXPOSE 8000
+HEALTHCHECK --interval=30s --timeout=10s --start-period=60s --retries=3 \
+    CMD ["python3", "-P", "-m", "infra.image.health"]
+LABEL org.opencontainers.image.title="nanochat kit" \
+      org.opencontainers.image.description="Train a small chat model from nothing, anywhere" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.created="${CREATED}" \
+      org.opencontainers.image.licenses="MIT"
+ENTRYPOINT ["/usr/bin/tini", "--", "/opt/nanochat/bin/entrypoint"]
+CMD ["run", "@configs/smoke.toml"]

@@ -1,0 +1,9 @@
+#!/bin/sh
+# The image's entry point: verbs go to nanochat, anything else is exec'd as it stands. RunPod and
+# SkyPilot append `bash -c …` and wait for ever when it is not run.
+[ $# -gt 0 ] || set -- run @configs/smoke.toml
+case "$1" in
+  -* | plan | run | launch | status | stop | reap | pull | fetch | doctor | report | compare | sync \
+    | chat | serve | export) exec /opt/nanochat/bin/nanochat "$@" ;;
+esac
+exec "$@"
