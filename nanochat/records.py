@@ -133,7 +133,9 @@ class RunRecord:
     """(task, metric) -> stage whose weights were scored -> score."""
     events: list[dict[str, Any]]
     machines: list[dict[str, Any]]
-    """Every machine that the run was on, in order of appearance."""
+    """Every machine that the run was on, in order of appearance, without its git state."""
+    git_states: list[dict[str, Any]]
+    """Every state of the source that the run was made with, in order of appearance."""
     ledger: list[dict[str, Any]]
     resolved: list[dict[str, Any]]
 
@@ -190,6 +192,7 @@ def read_run(run: RunDir) -> RunRecord:
         scores={},
         events=[],
         machines=[],
+        git_states=[],
         ledger=list(read_jsonl(run.ledger_file)),
         resolved=list(read_jsonl(run.resolved_file)),
     )
@@ -217,9 +220,12 @@ def _sort_in(record: RunRecord, line: dict[str, Any]) -> None:
         stage.last_line_s = max(time_s, stage.last_line_s or time_s)
     if "event" in line:
         record.events.append(line)
-        machine = line.get("machine")
-        if machine and machine not in record.machines:
-            record.machines.append(machine)
+        if machine := line.get("machine"):
+            git = machine.pop("git", None)
+            if machine not in record.machines:
+                record.machines.append(machine)
+            if git and git not in record.git_states:
+                record.git_states.append(git)
     elif "sample" in line:
         stage.samples.append(line)
     elif "step" in line:
@@ -254,6 +260,17 @@ def score_rows(record: RunRecord) -> list[tuple[str, str, dict[str, Score]]]:
         )
         for task, metric in keys
     ]
+
+
+def answers(record: RunRecord, per_task: int) -> dict[tuple[str, int], dict[str, dict[str, Any]]]:
+    """The first answered examples of each task: (task, index) -> stage -> line of the results."""
+    found: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for stage in COLUMNS:
+        for results in sorted((record.path / "evaluations" / stage).glob("*.jsonl")):
+            for line in read_jsonl(results):
+                if isinstance(index := line.get("index"), int) and index < per_task:
+                    found.setdefault((results.stem, index), {})[stage] = line
+    return dict(sorted(found.items()))
 
 
 def trained_stages(record: RunRecord) -> list[StageRecord]:

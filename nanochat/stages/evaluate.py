@@ -81,15 +81,18 @@ def _answer(
     )
     for marked in batches:
         for m in marked:
-            append_jsonl(
-                results, {"index": m.index, "correct": m.correct, "completion": m.completion}
-            )
+            append_jsonl(results, {"prompt": _prompt(task, m.index), **vars(m)})
         if dist.is_main:
             run.write_progress(STAGE, "evaluate", step=marked[-1].index, message=task.name)
         if run.stop_file.exists():
             break
     # a rank may have seen the stop and another one not: all of them stop, or none
     return not dist.all_reduce_sum(torch.tensor(int(run.stop_file.exists())))
+
+
+def _prompt(task: Task, index: int) -> str:
+    """What was asked last, for people who read the results."""
+    return str(task.example(index).conversation["messages"][-2]["content"])
 
 
 def _correct_by_index(results: Path) -> dict[int, bool]:

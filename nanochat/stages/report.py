@@ -26,6 +26,7 @@ from nanochat.records import (
     COLUMNS,
     RunRecord,
     StageRecord,
+    answers,
     read_run,
     score_rows,
     trained_stages,
@@ -36,6 +37,7 @@ from nanochat.stage import run_stage
 STAGE = "report"
 SAMPLES_PER_PROMPT = 5
 SAMPLE_CHARS = 400
+ANSWERS_PER_TASK = 3
 MAX_EVENTS = 200
 
 
@@ -57,6 +59,7 @@ def make_document(record: RunRecord, drawn: dict[str, plots.Plot]) -> Document:
         Section("Scores", _scores(record, drawn)),
         Section("Training", _training(record, drawn)),
         Section("Samples", _samples(record)),
+        Section("Answers", _answers(record)),
         Section("Tokenizer", _tokenizer(record)),
         Section("Time and money", _money(record)),
         Section("Plan against actual", _plan_against_actual(record)),
@@ -199,7 +202,7 @@ def _samples(record: RunRecord) -> list[Block]:
         for prompt, texts in by_prompt.items():
             steps = _spread(sorted(texts), SAMPLES_PER_PROMPT)
             lines = [f"step {s:>6,}  {_one_line(texts[s])}" for s in steps]
-            blocks.append(Code("\n".join(lines), caption=f"{stage.name}: {prompt.strip()}"))
+            blocks.append(Code("\n".join(lines), caption=f"{stage.name}, after “{prompt}”"))
     if blocks:
         blocks.insert(
             0,
@@ -209,6 +212,33 @@ def _samples(record: RunRecord) -> list[Block]:
             ),
         )
     return blocks
+
+
+def _answers(record: RunRecord) -> list[Block]:
+    rows = []
+    found = answers(record, ANSWERS_PER_TASK)
+    stages = [s for s in COLUMNS if any(s in by_stage for by_stage in found.values())]
+    for (task, _), by_stage in found.items():
+        prompt = next(iter(by_stage.values())).get("prompt", "")
+        cells = [_answer(by_stage.get(stage)) for stage in stages]
+        rows.append([task, _one_line(str(prompt)), *cells])
+    if not rows:
+        return []
+    headers = ["Task", "Question", *(COLUMNS[s] for s in stages)]
+    return [
+        Paragraph(
+            f"The first {ANSWERS_PER_TASK} held-out examples of each task, answered with the most "
+            "likely token at each place. All of them stand in the run's folder evaluations."
+        ),
+        Table(headers, rows, left=range(len(headers))),
+    ]
+
+
+def _answer(line: dict[str, Any] | None) -> str:
+    if line is None:
+        return "-"
+    mark = "right" if line.get("correct") else "wrong"
+    return f"{mark}: {_one_line(str(line.get('completion', '')))}"
 
 
 def _spread(steps: list[int], count: int) -> list[int]:
@@ -368,7 +398,6 @@ def _provenance(record: RunRecord) -> list[Block]:
     blocks: list[Block] = []
     for machine in record.machines:
         gpus = machine.get("gpus") or []
-        git = machine.get("git") or {}
         versions = machine.get("versions") or {}
         facts = [
             ("Host", machine.get("host")),
@@ -379,13 +408,16 @@ def _provenance(record: RunRecord) -> list[Block]:
             ("GPU driver", gpus[0].get("driver") if gpus else ""),
             ("Python", machine.get("python")),
             *((name, version) for name, version in versions.items()),
-            ("Git commit", git.get("commit")),
-            ("Git branch", git.get("branch")),
-            ("Git changed files", str(git["changed_files"]) if git else ""),
             ("Image", machine.get("image")),
             ("sha256 of requirements.lock", machine.get("requirements_lock_sha256")),
         ]
         blocks.append(Facts([(name, str(value)) for name, value in facts if value]))
+    commits = [
+        f"{git['commit']} ({git['branch']}, {git['changed_files']} changed files)"
+        for git in record.git_states
+    ]
+    if commits:
+        blocks.append(Facts([("Git commit", commit) for commit in commits]))
     data = record.stages["data_fetch"].facts
     if data:
         blocks.append(Facts([("Data", str(data.get("source"))), *_data_facts(data)]))

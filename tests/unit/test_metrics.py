@@ -5,6 +5,7 @@ import json
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -262,6 +263,7 @@ def test_every_stage_and_restart_continues_one_wandb_run(
 ) -> None:
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("NANOCHAT_OFFLINE", raising=False)
     for stage, step in (("base_train", 1), ("base_train", 1), ("chat_sft", 1)):
         m = Metrics(run, stage, wandb="online")
         m.log_step(step, loss=2.0)
@@ -346,6 +348,48 @@ def test_gpu_statistics_that_fail_are_switched_off(caplog: pytest.LogCaptureFixt
     assert set(stats.sample()) == {"host_memory_gib"}
     assert "switched off" in caplog.text
     assert stats.sample() == {}  # two seconds have not passed
+
+
+class FakeNvml:
+    """Two GPUs behind the calls of NVML that are used, numbered otherwise than CUDA does."""
+
+    NVMLError = RuntimeError
+
+    def nvmlInit(self) -> None: ...
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "570.1"
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: bytes) -> int:
+        return {b"GPU-b": 0, b"GPU-a": 1}[uuid]
+
+    def nvmlDeviceGetName(self, gpu: int) -> str:
+        return "H100"
+
+    def nvmlDeviceGetMemoryInfo(self, gpu: int) -> SimpleNamespace:
+        return SimpleNamespace(total=80 * 2**30, used=(10 + gpu) * 2**30)
+
+    def nvmlDeviceGetUtilizationRates(self, gpu: int) -> SimpleNamespace:
+        return SimpleNamespace(gpu=90 + 10 * gpu)
+
+    def nvmlDeviceGetPowerUsage(self, gpu: int) -> int:
+        return 600_000 + gpu
+
+
+def test_gpu_statistics_are_of_the_gpus_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    both = MachineStats(["GPU-a", "GPU-b"]).sample()
+    assert both["gpu_util"] == 95.0 and both["gpu_power_w"] == 1200.0
+    assert both["gpu_memory_gib"] == 11.0 and both["gpu_memory_total_gib"] == 80.0
+    assert MachineStats(["GPU-b"]).sample()["gpu_util"] == 90.0
+    gpu = {"name": "H100", "memory_gib": 80.0, "driver": "570.1"}
+    assert machine_facts()["gpus"] == [gpu, gpu]
 
 
 def test_machine_facts_are_json_and_name_versions() -> None:

@@ -140,6 +140,12 @@ def fill(run: RunDir) -> None:
     m.log_task("chat_sft", "arc_easy", "accuracy", 0.26, None, 2376, 0.25)
     m.close()
     run.write_outcome(Outcome("evaluate", "done", seconds=20.0))
+    for stage, completion in (("base_train", NASTY), ("chat_sft", "cat")):
+        results = run.path / "evaluations" / stage / "copying.jsonl"
+        results.parent.mkdir(parents=True)
+        for index in range(5):
+            line = {"index": index, "prompt": f"Copy {index}: cat", "completion": completion}
+            append_jsonl(results, line | {"correct": completion == "cat"})
     run.write_status({"state": "RUNNING", "spent_usd": 4.0, "used_s": 400.0})
 
 
@@ -149,7 +155,7 @@ def markdown_of(run: RunDir) -> str:
 
 
 def table_row(markdown: str, label: str) -> list[str]:
-    (row,) = re.findall(rf"^\| {re.escape(label)} \|.*$", markdown, re.M)
+    row = re.findall(rf"^\| {re.escape(label)} \|.*$", markdown, re.M)[0]
     return [cell.strip() for cell in row.strip("| ").split("|")]
 
 
@@ -184,6 +190,22 @@ def test_events_provenance_and_source_size(full: RunDir) -> None:
         assert len(table_row(text, name)[1]) > 0
     assert int(table_row(text, "Source files")[1].replace(",", "")) > 30
     assert "| numbers | 100 | 2.00 | 2.50 |" in text
+
+
+def test_the_first_answers_of_each_task(full: RunDir) -> None:
+    rows = re.findall(r"^\| copying \| Copy .*$", markdown_of(full), re.M)
+    assert [row.split("|")[2].strip() for row in rows] == [f"Copy {i}: cat" for i in range(3)]
+    assert rows[0].endswith("| right: cat |") and "wrong: " in rows[0]
+
+
+def test_a_machine_is_shown_once_whatever_was_edited_meanwhile(full: RunDir) -> None:
+    m = Metrics(full, "chat_rl")
+    (start,) = [r for r in full.metrics() if r.get("stage") == "chat_rl"]
+    start["machine"]["git"] = {"commit": "c" * 40, "branch": "edited", "changed_files": 1}
+    append_jsonl(full.metrics_file, start)
+    m.close()
+    record = read_run(full)
+    assert len(record.machines) == 1 and record.git_states[-1]["branch"] == "edited"
 
 
 def test_the_address_of_the_webhook_stays_out(full: RunDir) -> None:
