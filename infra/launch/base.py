@@ -1,0 +1,88 @@
+"""What launchers share: a job, what is rendered from it, and the error that a user gets.
+
+Secrets are named in a rendered job and never in it: their values go from the environment of
+`submit` straight to the engine.
+"""
+
+import importlib.metadata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat.rundir import EXIT_SPEC
+from nanochat.spec import RunSpec
+
+SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "RUNPOD_API_KEY")
+"""The only variables that pass from the user's environment into a job."""
+
+
+class LaunchError(RuntimeError):
+    """The job cannot be submitted; the message says why and what to do."""
+
+    def __init__(self, message: str, exit_code: int = EXIT_SPEC) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run to be submitted somewhere."""
+
+    config: str
+    """As given on the command line, without the @."""
+    overrides: tuple[str, ...]
+    spec: RunSpec
+    """The config with the overrides."""
+    plan: dict[str, Any]
+    """The document of `plan --json`."""
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def config_file(self) -> Path | None:
+        """The config on this machine; None where only the image has one of that name."""
+        path = Path(self.config)
+        return path.resolve() if path.is_file() else None
+
+    def run_command(self, config: str | None = None) -> list[str]:
+        """The verb and its arguments; `config` is where the config lies on the other side."""
+        return ["run", f"@{config or self.config}", *self.overrides]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Everything that would be sent to a place."""
+
+    text: str
+    worst_case_usd: float | None
+    """What the job costs at most; None where nothing bounds it."""
+
+    def dry_run(self) -> str:
+        """What `launch --dry-run` prints."""
+        if self.worst_case_usd is None:
+            cost = "worst case: not bounded; set budget.max_usd or budget.max_hours in the spec"
+        else:
+            cost = f"worst case: ${self.worst_case_usd:.2f}"
+        return f"{self.text.rstrip()}\n{cost}"
+
+
+def worst_case_usd(job: Job) -> float | None:
+    """Most that the run can cost: its budget, not its plan; None where it has no bound.
+
+    Storage, and the minutes before the run starts, are the launcher's to add.
+    """
+    usd_per_hour = float(job.plan["usd_per_hour"])
+    if usd_per_hour == 0.0:
+        return 0.0
+    budget = job.spec.budget
+    bounds = [] if budget.max_usd is None else [budget.max_usd]
+    if budget.max_hours is not None:
+        bounds.append(budget.max_hours * usd_per_hour)
+    return min(bounds) if bounds else None
+
+
+def default_image() -> str:
+    """The image that `make image` of this version makes."""
+    return f"nanochat:{importlib.metadata.version('nanochat-kit')}"
