@@ -262,7 +262,9 @@ def score_rows(record: RunRecord) -> list[tuple[str, str, dict[str, Score]]]:
     ]
 
 
-def answers(record: RunRecord, per_task: int) -> dict[tuple[str, int], dict[str, dict[str, Any]]]:
+def first_answers(
+    record: RunRecord, per_task: int
+) -> dict[tuple[str, int], dict[str, dict[str, Any]]]:
     """The first answered examples of each task: (task, index) -> stage -> line of the results."""
     found: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for stage in COLUMNS:
