@@ -39,7 +39,11 @@ class Section(BaseModel):
     """A frozen part of the spec that knows no other keys than its own."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        ser_json_inf_nan="constants",
     )
 
 
