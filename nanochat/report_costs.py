@@ -26,7 +26,7 @@ def money(record: RunRecord) -> list[Block]:
         lost = f"{stage.repeated_steps:,}" if stage.repeated_steps else "-"
         lost_usd = formats.usd(record.usd(stage.repeated_s)) if stage.repeated_steps else "-"
         cost = formats.usd(record.usd(seconds))
-        state = "writing" if name == "report" else stage.state
+        state = "writing" if name == "report" and stage.state != "done" else stage.state
         rows.append([name, state, formats.duration(seconds), cost, lost, lost_usd])
     if record.used_s is not None:
         rest_s = max(0.0, record.used_s - total_s)
