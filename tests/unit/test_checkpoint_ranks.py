@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # noqa: F401  (DTensor needs it: loaded once, before the fork)
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from states import NO_FLOOR, assert_same, damage, leaves, state_of
