@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,21 +26,13 @@ from nanochat.calculator import calculate
 from nanochat.gpt import GPT
 from nanochat.kvcache import KVCache
 from nanochat.sampling import Sampling, sample
+from nanochat.spec import SpecError
+from nanochat.tokenizer import TokenizerLike
 
 GREEDY = Sampling()
 FinishReason = Literal["stop", "length", "cancelled"]
 PREFILL_TOKENS_PER_STEP = {"cpu": 512, "cuda": 4096, "mps": 1024}
 """Prompt tokens that one step takes in, so that answers being written are held up only shortly."""
-
-
-class EngineTokenizer(Protocol):
-    """What the engine needs of a tokenizer."""
-
-    bos_id: int
-
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: list[int]) -> str: ...
-    def special_id(self, name: str) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +69,7 @@ class Engine:
     def __init__(
         self,
         model: GPT,
-        tokenizer: EngineTokenizer,
+        tokenizer: TokenizerLike,
         *,
         max_batch: int = 16,
         max_seq_len: int | None = None,
@@ -172,7 +164,8 @@ class Engine:
         last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
         idx = torch.tensor(rows, device=self.device)
         with self._autocast(), _evaluation_mode(self.model):
-            return self.model(idx, logit_positions=last)[:, 0]
+            logits: Tensor = self.model(idx, logit_positions=last)
+        return logits[:, 0]
 
     # -------------------------------------------------------------------------
     # Continuous batching
@@ -274,7 +267,8 @@ class Engine:
         """Feed tokens [B][T] to the rows of a cache; logits behind the last one, [B, V]."""
         idx = torch.tensor(tokens, device=self.device)
         last = torch.full((len(tokens),), idx.size(1) - 1, device=self.device)
-        return self._forward(idx, kv_cache=cache, logit_positions=last)[:, 0]
+        logits: Tensor = self._forward(idx, kv_cache=cache, logit_positions=last)
+        return logits[:, 0]
 
     def _advance(self, generations: list[Generation], logits: Tensor) -> None:
         """Give every generation its next token, and free the rows of those that end with it."""
@@ -312,10 +306,17 @@ class Engine:
             value = calculate(self.tokenizer.decode(generation._expression))
             generation._expression = None
             if value is not None:
-                start, end = self._tool_ids["output_start"], self._tool_ids["output_end"]
-                generation._coming.extend([start, *self.tokenizer.encode(value), end])
+                generation._coming.extend(self._calculator_output(value))
         else:
             generation._expression.append(token)
+
+    def _calculator_output(self, value: str) -> list[int]:
+        """The tokens of a value; none where the vocabulary of characters has no such digits."""
+        try:
+            ids = self.tokenizer.encode(value)
+        except SpecError:
+            return []
+        return [self._tool_ids["output_start"], *ids, self._tool_ids["output_end"]]
 
     def _leave(self, row: int) -> None:
         """Free a row; the last active one takes its place, and the joining one that one's."""

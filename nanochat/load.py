@@ -26,7 +26,7 @@ class Loaded:
     model: GPT
     tokenizer: TokenizerLike
     stage: str
-    step: int | None
+    step: int
     extra: dict[str, Any]
     """As the stage gave it to its checkpoint."""
 
@@ -55,7 +55,7 @@ def load_trained(
     model = GPT(gpt_config(run.spec().model))
     model.load_state_dict(weights)
     model.to(device=place, dtype=dtype).eval().requires_grad_(False)
-    return Loaded(model, tokenizer, stage, extra.get("step"), extra)
+    return Loaded(model, tokenizer, stage, extra["position"]["step"], extra)
 
 
 def pick_device() -> str:

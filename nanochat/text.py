@@ -6,15 +6,8 @@ that can never become text appear as U+FFFD.
 
 import codecs
 from collections.abc import Iterable
-from typing import Protocol
 
-
-class TextTokenizer(Protocol):
-    """What is needed of a tokenizer here."""
-
-    def decode_bytes(self, ids: list[int]) -> bytes: ...
-    def special_id(self, name: str) -> int: ...
-
+from nanochat.tokenizer import TokenizerLike
 
 HIDDEN_SPANS = {"python_start": "python_end", "output_start": "output_end"}
 OTHER_SPECIALS = ("bos", "user_start", "user_end", "assistant_start", "assistant_end")
@@ -23,7 +16,7 @@ OTHER_SPECIALS = ("bos", "user_start", "user_end", "assistant_start", "assistant
 class TextStream:
     """Text of a growing row of tokens. Feed them one by one; each gives the text it completes."""
 
-    def __init__(self, tokenizer: TextTokenizer) -> None:
+    def __init__(self, tokenizer: TokenizerLike) -> None:
         self.tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         special = tokenizer.special_id
@@ -49,7 +42,7 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-def visible_text(tokenizer: TextTokenizer, ids: Iterable[int]) -> str:
+def visible_text(tokenizer: TokenizerLike, ids: Iterable[int]) -> str:
     """What a reader sees of a whole reply."""
     stream = TextStream(tokenizer)
     return "".join([stream.feed(token) for token in ids]) + stream.finish()

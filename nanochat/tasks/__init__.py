@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from nanochat.spec import SpecError
 from nanochat.tasks.common import Conversation, Example, Split, Task
@@ -13,7 +13,7 @@ from nanochat.tasks.synthetic import Arithmetic, Copying, Kinds
 
 __all__ = ["TASKS", "Conversation", "Example", "Split", "Task", "make_task", "mixture"]
 
-TASKS = {
+TASKS: dict[str, Callable[[Split, int], Task]] = {
     "arithmetic": Arithmetic,
     "kinds": Kinds,
     "copying": Copying,

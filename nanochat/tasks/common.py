@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 Split = Literal["train", "test"]
+Kind = Literal["generative", "choice"]
 Conversation = dict[str, Any]
 
 TEST_FRACTION = 0.1
@@ -44,7 +45,7 @@ class Task(Protocol):
     """
 
     name: ClassVar[str]
-    kind: ClassVar[Literal["generative", "choice"]]
+    kind: ClassVar[Kind]
     chance: ClassVar[float]
 
     @property
@@ -77,7 +78,7 @@ class GeneratedTask(ABC):
     """
 
     name: ClassVar[str]
-    kind: ClassVar[Literal["generative", "choice"]] = "generative"
+    kind: ClassVar[Kind] = "generative"
     chance: ClassVar[float] = 0.0
     num_train: ClassVar[int] = 1_000_000
     num_test: ClassVar[int] = 256

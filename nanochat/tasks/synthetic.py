@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import random
 import string
+from typing import ClassVar
 
 from nanochat.tasks.common import (
     LETTERS,
     Example,
     GeneratedTask,
     Instance,
+    Kind,
     conversation,
     render_choices,
 )
@@ -66,7 +68,7 @@ class Kinds(GeneratedTask):
     """Are these letters or digits, with the letters A and B."""
 
     name = "kinds"
-    kind = "choice"
+    kind: ClassVar[Kind] = "choice"
     chance = 0.5
 
     def draw(self, rng: random.Random) -> Instance:

@@ -1,0 +1,84 @@
+"""A run directory made in two seconds, whose model has learned a few answers by heart."""
+
+import torch
+
+from nanochat.checkpoint import Checkpointer
+from nanochat.gpt import GPT
+from nanochat.rundir import RunDir
+from nanochat.scaling import gpt_config
+from nanochat.spec import RunSpec
+from nanochat.tokenizer import Tokenizer, render_conversation
+
+ANSWERS = {
+    "Who are you?": "A tiny model, très petit.",
+    "Say hi.": "hi",
+    "What is 27 + 45?": [
+        {"type": "python", "text": "27 + 45"},
+        {"type": "python_output", "text": "72"},
+        {"type": "text", "text": "It is 72."},
+    ],
+}
+FOLLOW_UP = [
+    {"role": "user", "content": "Say hi."},
+    {"role": "assistant", "content": "hi"},
+    {"role": "user", "content": "Again?"},
+    {"role": "assistant", "content": "hi hi"},
+]
+SPEC = RunSpec.model_validate(
+    {
+        "name": "tiny",
+        "model": {"depth": 2, "aspect_ratio": 32, "head_dim": 32, "seq_len": 96, "vocab_size": 300},
+        "checkpoint": {"free_floor_gib": 0.0, "asynchronous": False},
+    }
+)
+
+
+def conversations() -> list[dict]:
+    """What the model of the SFT stage knows by heart."""
+    single = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for q, a in ANSWERS.items()
+    ]
+    return [*single, {"messages": FOLLOW_UP}]
+
+
+def learn_by_heart(model: GPT, tokenizer: Tokenizer, num_steps: int = 150) -> None:
+    """Overfit on `conversations`."""
+    rendered = [render_conversation(tokenizer, c, max_tokens=96) for c in conversations()]
+    longest = max(len(ids) for ids, _ in rendered)
+    idx = torch.zeros(len(rendered), longest, dtype=torch.int64)
+    targets = torch.full_like(idx, -100)
+    for row, (ids, mask) in enumerate(rendered):
+        idx[row, : len(ids)] = torch.tensor(ids)
+        for i in range(1, len(ids)):
+            if mask[i]:
+                targets[row, i - 1] = ids[i]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(num_steps):
+        loss = model(idx, targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.05
+
+
+def make_run(path: str) -> RunDir:
+    """RUN with a tokenizer, an untrained base_train and a chat_sft that knows `conversations`."""
+    run = RunDir(path)
+    run.create()
+    run.freeze_spec(SPEC)
+    tokenizer = Tokenizer.train(["the cat and the hat"] * 9, SPEC.model.vocab_size)
+    tokenizer.save(run.tokenizer_dir)
+    model = GPT(gpt_config(SPEC.model))
+    model.init_weights(0)
+    save(run, "base_train", model)
+    learn_by_heart(model, tokenizer)
+    save(run, "chat_sft", model)
+    return run
+
+
+def save(run: RunDir, stage: str, model: GPT, step: int = 7) -> None:
+    """One complete checkpoint of a stage."""
+    with Checkpointer(run.checkpoints_dir(stage), SPEC.checkpoint) as checkpointer:
+        extra = {"position": {"step": step}, "cursor": None}
+        checkpointer.save(step, {"model": model.state_dict()}, extra, val_bpb=1.0, wait=True)
