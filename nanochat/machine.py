@@ -19,13 +19,15 @@ from typing import Any
 
 import psutil
 
+from nanochat.rundir import read_json
+
 GIB = 2**30
 SAMPLE_EVERY_S = 2.0
 """Seconds between two looks at the machine; NVML takes milliseconds per GPU."""
 SOURCE_DIR = Path(__file__).resolve().parent.parent
 """The checkout, or the folder of an installed package."""
 IMAGE_FILE = Path("/opt/nanochat/image.json")
-"""What the image says of itself, where this is one."""
+"""What the image says of itself (infra/image/describe.py), where this is one."""
 SOURCE_SUFFIXES = (".py", ".rs", ".html", ".j2")
 
 log = logging.getLogger(__name__)
@@ -157,10 +159,9 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _image() -> str | None:
-    with contextlib.suppress(OSError):
-        return IMAGE_FILE.read_text().strip()
-    return None
+def _image() -> dict[str, Any] | None:
+    facts = read_json(IMAGE_FILE)
+    return facts if isinstance(facts, dict) else None
 
 
 def _sha256(path: Path) -> str | None:

@@ -144,7 +144,7 @@ def provenance(record: RunRecord) -> list[Block]:
             ("GPU driver", gpus[0].get("driver") if gpus else ""),
             ("Python", machine.get("python")),
             *((name, version) for name, version in versions.items()),
-            ("Image", machine.get("image")),
+            ("Image", ", ".join(f"{k} {v}" for k, v in (machine.get("image") or {}).items())),
             ("sha256 of requirements.lock", machine.get("requirements_lock_sha256")),
         ]
         blocks.append(Facts([(name, str(value)) for name, value in facts if value]))

@@ -13,8 +13,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from nanochat import machine, trackers
 from nanochat import metrics as metrics_module
-from nanochat import trackers
 from nanochat.health import Thresholds, Watch
 from nanochat.machine import MachineStats, git_state, machine_facts
 from nanochat.metrics import Metrics
@@ -396,6 +396,14 @@ def test_machine_facts_are_json_and_name_versions() -> None:
     facts = json.loads(json.dumps(machine_facts()))
     assert facts["versions"]["torch"] == torch.__version__.split("+")[0]
     assert facts["memory_gib"] > 0 and facts["python"].startswith("3.")
+
+
+def test_in_an_image_the_facts_say_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = tmp_path / "image.json"
+    monkeypatch.setattr(machine, "IMAGE_FILE", image)
+    assert machine_facts()["image"] is None
+    image.write_text('{"version": "0.1.0", "revision": "abc"}')
+    assert machine_facts()["image"] == {"version": "0.1.0", "revision": "abc"}
 
 
 def test_a_folder_that_is_no_checkout_has_no_git_state(tmp_path: Path) -> None:
