@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_SPEC, f"{self.prog}: {message}\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """One subcommand per verb of the contract."""
     parser = Parser(
         prog="nanochat",
@@ -31,9 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
-    as_json = argparse.ArgumentParser(add_help=False)
+    as_json = Parser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print one JSON document on stdout")
-    spec = argparse.ArgumentParser(add_help=False)
+    spec = Parser(add_help=False)
     spec.add_argument("config", metavar="@CONFIG", help="run spec, e.g. @configs/smoke.toml")
     spec.add_argument(
         "overrides",
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="section.field=value",
         help="change a field; the value is a TOML literal. `nanochat plan --fields` lists them",
     )
-    a_run = argparse.ArgumentParser(add_help=False)
+    a_run = Parser(add_help=False)
     a_run.add_argument("run_dir", metavar="RUN_DIR", help="run directory, or the name of a run")
 
     p = verbs.add_parser("plan", parents=[as_json], help="parameters, memory, hours, dollars")

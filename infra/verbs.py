@@ -211,12 +211,11 @@ def _status_of(run_dir: RunDir) -> dict[str, Any]:
         "heartbeat": None,
     }
     found["run_dir"] = str(run_dir.path)
-    heartbeat = found.get("heartbeat")
-    silent = heartbeat is not None and time.time() - heartbeat > STALE_S
-    if found["state"] == "RUNNING" and silent:
+    silent_s = time.time() - float(found.get("heartbeat") or time.time())
+    if found["state"] == "RUNNING" and silent_s > STALE_S:
         found["message"] = (
-            f"no sign of life for {time.time() - heartbeat:.0f} s: killed, or its machine is gone; "
-            "run the same command again to resume"
+            f"no sign of life for {silent_s:.0f} s: killed, or its machine is gone; run the same "
+            "command again to resume"
         )
     return found
 

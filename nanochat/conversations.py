@@ -12,7 +12,7 @@ from nanochat.rundir import Outcome, RunDir
 from nanochat.scaling import num_steps_of_epochs
 from nanochat.sources import ConversationSource
 from nanochat.spec import ChatStage, SpecError
-from nanochat.tasks import mixture
+from nanochat.tasks import Split, mixture
 from nanochat.tokenizer import render_conversation
 from nanochat.trainer import fit
 
@@ -66,7 +66,9 @@ def train_on_conversations(run: RunDir, stage: str, weights_from: str) -> Outcom
     return outcome
 
 
-def _source(p: Prepared, tasks: dict[str, int], split: str, seed: int | None) -> ConversationSource:
+def _source(
+    p: Prepared, tasks: dict[str, int], split: Split, seed: int | None
+) -> ConversationSource:
     """Rendered conversations. Raises SpecError where one is longer than the context."""
     seq_len = p.numbers.seq_len
     rendered = [

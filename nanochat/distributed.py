@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from nanochat.stage import NodeUnfit
+
 # torch 2.13 renamed these two and deprecated the old names.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -83,6 +85,16 @@ class Dist:
         received = torch.empty_like(x)
         dist.all_to_all_single(received, x)
         return received
+
+
+def pick_device(wanted: str = "auto") -> str:
+    """The device type to train on. Raises NodeUnfit where the wanted one is missing."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if wanted == "auto":
+        return next((name for name, is_there in there.items() if is_there), "cpu")
+    if not there.get(wanted, True):
+        raise NodeUnfit(f'runtime.device = "{wanted}", but torch finds no such device here')
+    return wanted
 
 
 def init(device_type: str, timeout_s: float = 1800.0) -> Dist:

@@ -15,17 +15,18 @@ import torch
 
 from nanochat import distributed
 from nanochat.bpb import evaluate_bpb
-from nanochat.checkpoint import Checkpointer, CheckpointError, load_model
+from nanochat.checkpoint import Checkpointer, CheckpointError
 from nanochat.data import ValidationSet
 from nanochat.distributed import Dist
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, shard_model
 from nanochat.metrics import Metrics
 from nanochat.optim import Optimizer, build_optimizer
 from nanochat.rundir import Outcome, RunDir
 from nanochat.scaling import StageNumbers, flops_per_token, gpt_config, resolve_stage
 from nanochat.spec import RunSpec, TrainStage
-from nanochat.stage import NodeUnfit, StageFailed
+from nanochat.stage import StageFailed
 from nanochat.tokenizer import TokenizerLike, load_tokenizer
+from nanochat.weights import load_model
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Prepared:
     tokenizer: TokenizerLike
     model: GPT
     train_model: Callable[..., torch.Tensor]
+    is_sharded: bool
     optimizer: Optimizer
     checkpointer: Checkpointer
     autocast: Callable[[], AbstractContextManager[Any]]
@@ -106,29 +108,25 @@ def prepare(run: RunDir, stage: str, weights_from: str | None = None) -> Prepare
 
     Raises RunDirError, SpecError, or CheckpointError when there is nothing to start from.
     """
-    spec = run.spec()
-    dist = distributed.init(pick_device(spec.runtime.device))
+    spec, plan = run.spec(), run.plan()
+    dist = distributed.init(distributed.pick_device(spec.runtime.device))
     distributed.seed_rank(spec.seed, dist.rank)
     if spec.runtime.deterministic:
         torch.use_deterministic_algorithms(True)
-    tokenizer = load_tokenizer(run.tokenizer_dir)
-    config = gpt_config(spec.model)
     settings: TrainStage = getattr(spec, stage)
-    plan = run.plan()
-    model = GPT(config).to(dist.device)
-    model.init_weights(spec.seed)
+    dtype = compute_dtype(spec.runtime.dtype, dist.device)
+    model, train_model, is_sharded = _build_model(spec, plan, dist, dtype)
     if weights_from is not None:
         load_stage_weights(run, weights_from, model)
     optimizer = build_optimizer(
         model,
         dist=dist,
-        n_embd=config.n_embd,
+        n_embd=model.config.n_embd,
         embedding_lr=settings.embedding_lr,
         unembedding_lr=settings.unembedding_lr,
         matrix_lr=settings.matrix_lr,
         weight_decay=settings.weight_decay,
     )
-    dtype = compute_dtype(spec.runtime.dtype, dist.device)
     return Prepared(
         run=run,
         spec=spec,
@@ -136,9 +134,10 @@ def prepare(run: RunDir, stage: str, weights_from: str | None = None) -> Prepare
         settings=settings,
         numbers=resolve_stage(spec, stage, dist.world_size, _device_batch(run, plan, stage, dist)),
         dist=dist,
-        tokenizer=tokenizer,
+        tokenizer=load_tokenizer(run.tokenizer_dir),
         model=model,
-        train_model=torch.compile(model) if spec.runtime.compile else model,
+        train_model=train_model,
+        is_sharded=is_sharded,
         optimizer=optimizer,
         checkpointer=Checkpointer(
             run.checkpoints_dir(stage),
@@ -146,8 +145,34 @@ def prepare(run: RunDir, stage: str, weights_from: str | None = None) -> Prepare
             rank=dist.rank,
             world_size=dist.world_size,
         ),
-        autocast=lambda: autocast(dist.device, dtype),
+        autocast=lambda: autocast(dist.device, torch.float32 if is_sharded else dtype),
     )
+
+
+def _build_model(
+    spec: RunSpec, plan: dict[str, Any], dist: Dist, dtype: torch.dtype
+) -> tuple[GPT, Callable[..., torch.Tensor], bool]:
+    """(model with fresh weights, what to call in training, whether FSDP2 shards it)."""
+    config = gpt_config(spec.model)
+    sharding = spec.runtime.sharding
+    if sharding == "auto":
+        sharding = plan.get("sharding", "replicated")
+    is_sharded = sharding == "fsdp" and dist.world_size > 1
+    recompute = bool(plan.get("recompute", False))
+    if not is_sharded:
+        model = GPT(config).to(dist.device)
+        model.recompute = recompute
+        model.init_weights(spec.seed)
+        return model, torch.compile(model) if spec.runtime.compile else model, False
+    with torch.device("meta"):
+        model = GPT(config)
+    if spec.runtime.compile:
+        model.compile_blocks()
+    half = dtype if dtype != torch.float32 else None
+    shard_model(model, dist, recompute=recompute, compute_dtype=half)
+    model.to_empty(device=dist.device)
+    model.init_weights(spec.seed)
+    return model, model, True
 
 
 def load_stage_weights(run: RunDir, stage: str, model: GPT) -> None:
@@ -157,16 +182,6 @@ def load_stage_weights(run: RunDir, stage: str, model: GPT) -> None:
         load_model(folder, model.state_dict(), "best")
     except CheckpointError:
         load_model(folder, model.state_dict(), "latest")
-
-
-def pick_device(wanted: str) -> str:
-    """The device type to train on. Raises NodeUnfit where the wanted one is missing."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if wanted == "auto":
-        return next((name for name, is_there in there.items() if is_there), "cpu")
-    if not there.get(wanted, True):
-        raise NodeUnfit(f'runtime.device = "{wanted}", but torch finds no such device here')
-    return wanted
 
 
 def device_name(device: torch.device) -> str:

@@ -173,9 +173,13 @@ def fit(
 
     while True:
         # rank 0 looks at clock, budget and stop file; all ranks then do the same
-        is_due = time.monotonic() - saved_s > checkpoint_every_s
-        decided = (horizon.fraction(at.step), is_due, run.stop_file.exists())
-        fraction, is_due, is_stopping = _from_rank_0(dist, decided)
+        since_save_s = time.monotonic() - saved_s
+        seen = (
+            horizon.fraction(at.step),
+            since_save_s > checkpoint_every_s,
+            run.stop_file.exists(),
+        )
+        fraction, is_due, is_stopping = _from_rank_0(dist, seen)
         is_last = fraction >= 1.0
 
         # once in a while: a checkpoint, then the validation loss

@@ -51,7 +51,7 @@ def main(run: RunDir) -> Outcome:
 
     def sample(step: int) -> None:
         """Greedy continuations of fixed prompts, for the report."""
-        if not p.dist.is_main or p.metrics is None:
+        if not p.dist.is_main or p.metrics is None or p.is_sharded:
             return
         engine = Engine(p.model, p.tokenizer, max_batch=len(SAMPLE_PROMPTS))
         prompts = [[p.tokenizer.bos_id, *p.tokenizer.encode(text)] for text in SAMPLE_PROMPTS]

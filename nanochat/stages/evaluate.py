@@ -17,7 +17,7 @@ from nanochat.engine import Engine
 from nanochat.evaluation import evaluate
 from nanochat.gpt import GPT
 from nanochat.metrics import Metrics
-from nanochat.prepare import compute_dtype, gpu_uuids, load_stage_weights, pick_device
+from nanochat.prepare import compute_dtype, gpu_uuids, load_stage_weights
 from nanochat.rundir import Outcome, RunDir, append_jsonl, cut_torn_tail, read_jsonl
 from nanochat.scaling import gpt_config
 from nanochat.spec import WEIGHT_STAGES, Evaluate
@@ -33,7 +33,7 @@ def main(run: RunDir) -> Outcome:
     spec = run.spec()
     settings = spec.evaluate
     assert settings is not None
-    dist = distributed.init(pick_device(spec.runtime.device))
+    dist = distributed.init(distributed.pick_device(spec.runtime.device))
     dtype = compute_dtype(spec.runtime.dtype, dist.device)
     tokenizer = load_tokenizer(run.tokenizer_dir)
     trained = [s for s in WEIGHT_STAGES if run.is_done(s)]

@@ -8,6 +8,7 @@ import inspect
 import json
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def compression_table(
                 mergeable_ranks=load_tiktoken_bpe(str(path)),
                 special_tokens={},
             )
-            counters[name] = lambda text, e=encoding: len(e.encode_ordinary(text))
+            counters[name] = _counter(encoding)
     rows: list[dict[str, str | int | float]] = []
     for kind, text in samples.items():
         num_bytes = len(text.encode())
@@ -111,6 +112,10 @@ def compression_table(
                 }
             )
     return rows
+
+
+def _counter(encoding: tiktoken.Encoding) -> Callable[[str], int]:
+    return lambda text: len(encoding.encode_ordinary(text))
 
 
 def _samples(files: Any) -> dict[str, str]:
