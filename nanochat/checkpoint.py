@@ -150,8 +150,8 @@ class Checkpointer:
         """Size of the last checkpoint, all ranks together."""
         self._ranks = Agreement(rank, world_size, GROUP_TIMEOUT)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
-        self._pending_step: int | None = None
+        self._pending: list[Future[None]] = []
+        self._saving: tuple[int, Future[None]] | None = None
         self._buffers: dict[MetadataIndex, Tensor] = {}
         self._local_plan: SavePlan | None = None
         self._plan = SavePlan([])
@@ -181,6 +181,7 @@ class Checkpointer:
         checkpoints that the policy keeps. Raises CheckpointError that names the folder, the reason
         and the free space.
         """
+        self.wait()
         rate = self._all_ranks(self._probe)
         free_bytes = self.dir.storage.free_bytes(self.dir.path)
         held_bytes = sum(m.size for m in self.dir.complete())
@@ -216,7 +217,7 @@ class Checkpointer:
         self.wait()
         planner = self._planner(flatten(state)[0])
         if self.policy.asynchronous:
-            self._pending, self._pending_step = self._thread.submit(self._allocate, planner), None
+            self._in_background(lambda: self._allocate(planner))
 
     def save(
         self,
@@ -251,28 +252,33 @@ class Checkpointer:
             started_s,
         )
         if background:
-            self._pending, self._pending_step = self._thread.submit(self._write, job), step
+            self._saving = step, self._in_background(lambda: self._write(job))
         else:
             self._write(job)
         self.last_stall_s = time.monotonic() - started_s
 
     def wait(self) -> None:
-        """Return when the last save is complete. Raises CheckpointError if it failed."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+        """Return when all that was asked for is on the disk; raises CheckpointError if it is not."""
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
 
     @property
     def saving_step(self) -> int | None:
         """The step that is being written in the background, if any."""
-        pending = self._pending is not None and not self._pending.done()
-        return self._pending_step if pending else None
+        return self._saving[0] if self._saving and not self._saving[1].done() else None
 
     def note_val_bpb(self, step: int, val_bpb: float) -> None:
-        """Add the validation loss, in bits per byte, to a checkpoint saved before it was known."""
-        self.wait()
+        """Add the validation loss, in bits per byte, to a checkpoint saved before it was known.
+
+        Happens in the background, after a save that is being written; errors as for `save`.
+        """
         if math.isfinite(val_bpb):
-            self._on_rank_0(lambda: self.dir.note_metrics(step, {"val_bpb": val_bpb}))
+            self._in_background(
+                lambda: self._on_rank_0(
+                    lambda: self.dir.note_metrics(step, {"val_bpb": val_bpb}),
+                )
+            )
 
     def discard_after(self, step: int) -> None:
         """Remove checkpoints newer than `step`: after a roll-back they are not this run's past."""
@@ -286,6 +292,12 @@ class Checkpointer:
                     self.dir.remove(m.step)
 
         self._on_rank_0(discard)
+
+    def _in_background(self, act: Callable[[], None]) -> Future[None]:
+        """What is handed in here happens in order, and in the same order on all ranks."""
+        future = self._thread.submit(act)
+        self._pending.append(future)
+        return future
 
     def _planner(self, tensors: dict[str, Tensor]) -> DefaultSavePlanner:
         """Agree on who writes what; asked again only when the tensors of any rank have changed."""

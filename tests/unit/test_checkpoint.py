@@ -236,6 +236,7 @@ def test_val_bpb_may_come_after_the_save(tmp_path: Path) -> None:
         for step, val_bpb in ((1, 1.5), (2, 1.0), (3, 2.0), (4, float("inf"))):
             saver.save(step, state_of(step), {})
             saver.note_val_bpb(step, val_bpb)
+        saver.wait()
         assert (tmp_path / "best").read_text() == "step_000002\n"
         assert [m.step for m in saver.list_complete()] == [2, 3, 4]
         state = state_of(0)

@@ -1,15 +1,13 @@
 """Checkpoints of two ranks, and from one number of ranks to another."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # noqa: F401  (DTensor needs it: loaded once, before the fork)
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from states import NO_FLOOR, assert_same, damage, leaves, state_of
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -20,6 +18,7 @@ from nanochat.checkpoint import (
     load_model,
     load_weights,
 )
+from nanochat.distributed import Dist
 from nanochat.storage import Storage
 
 
@@ -48,11 +47,9 @@ class Rank1Full(Storage):
         return super().open_new(path)
 
 
-def two_ranks(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2
-    )
+def two_ranks(ranks: Dist, folder: Path) -> dict[str, Any]:
+    """What rank `ranks.rank` sees; asserted on by the tests below."""
+    rank = ranks.rank
     facts: dict[str, Any] = {}
 
     def saver_of(name: str) -> Checkpointer:
@@ -93,8 +90,7 @@ def two_ranks(rank: int, folder: Path) -> None:
     load_model(folder / "by_one", model)
     facts["model"] = is_state({**sharded(state_of(4), rank), "model": model}, 4)
 
-    (folder / f"facts-{rank}.json").write_text(json.dumps(facts))
-    dist.destroy_process_group()
+    return facts
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +98,11 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[st
     folder = tmp_path_factory.mktemp("two_ranks")
     with Checkpointer(folder / "by_one", NO_FLOOR) as saver:
         saver.save(4, whole(state_of(4)), {})
-    mp.start_processes(two_ranks, (folder,), nprocs=2, start_method="fork")
-    return folder, [json.loads((folder / f"facts-{r}.json").read_text()) for r in (0, 1)]
+    return folder, on_ranks(2, two_ranks, folder)
 
 
 def test_two_ranks_load_what_one_wrote(by_two: tuple[Path, list[dict[str, Any]]]) -> None:
-    assert [f["by one"] for f in by_two[1]] == [[4, None, True]] * 2
+    assert [f["by one"] for f in by_two[1]] == [(4, None, True)] * 2
     assert [f["model"] for f in by_two[1]] == [True, True]
 
 
@@ -131,4 +126,4 @@ def test_an_error_on_one_rank_is_one_on_all(by_two: tuple[Path, list[dict[str, A
 
 def test_ranks_walk_back_together(by_two: tuple[Path, list[dict[str, Any]]]) -> None:
     for rank, facts in enumerate(by_two[1]):
-        assert facts["walked back"] == [1, {"at": 1}, {"rank": rank}, True]
+        assert facts["walked back"] == (1, {"at": 1}, {"rank": rank}, True)
