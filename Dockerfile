@@ -113,6 +113,7 @@ RUN --mount=type=bind,from=tools,source=/usr/local/bin/uv,target=/usr/local/bin/
     cd /build \
  && uv pip install --quiet --no-cache --python /opt/nanochat/venv/bin/python --no-deps \
       --no-build-isolation --compile-bytecode --target /out/opt/nanochat/app wheels/*.whl . \
+ && rm /out/opt/nanochat/app/.lock \
  && mv /out/opt/nanochat/app/bin /out/opt/nanochat/bin \
  && install -m 755 infra/image/entrypoint.sh /out/opt/nanochat/bin/entrypoint \
  && install -d /out/usr/local/bin \

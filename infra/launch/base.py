@@ -12,8 +12,8 @@ from typing import Any
 from nanochat.rundir import EXIT_SPEC
 from nanochat.spec import RunSpec
 
-SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "RUNPOD_API_KEY")
-"""The only variables that pass from the user's environment into a job."""
+SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
+"""The variables that pass from the user's environment into a run."""
 
 
 class LaunchError(RuntimeError):
