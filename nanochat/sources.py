@@ -29,7 +29,8 @@ from nanochat.corpus import DataFile
 from nanochat.packing import Document
 from nanochat.rundir import RunDir
 from nanochat.spec import Data, SpecError
-from nanochat.tokencache import TextTokenizer, TokenCache, open_token_cache
+from nanochat.tokencache import TokenCache, open_token_cache
+from nanochat.tokenizer import TokenizerLike
 
 WINDOW_ROW_GROUPS = 8
 """Documents are permuted among this many row groups: about 40 MB of web text in memory."""
@@ -73,7 +74,7 @@ class Source(Protocol):
 
 def make_source(
     files: Sequence[DataFile],
-    tokenizer: TextTokenizer,
+    tokenizer: TokenizerLike,
     data: Data,
     *,
     run: RunDir,
@@ -124,7 +125,7 @@ class ParquetSource:
     is_slow = True
 
     def __init__(
-        self, files: Sequence[DataFile], tokenizer: TextTokenizer, *, seed: int | None
+        self, files: Sequence[DataFile], tokenizer: TokenizerLike, *, seed: int | None
     ) -> None:
         self._files = list(files)
         self._tokenizer = tokenizer

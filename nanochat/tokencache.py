@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,25 +22,9 @@ import pyarrow.parquet as pq
 from nanochat.corpus import DataFile
 from nanochat.folders import make_folder
 from nanochat.rundir import atomic_write_json, nanochat_home, read_json
+from nanochat.tokenizer import TokenizerLike
 
 FORMAT = 1
-
-
-class TextTokenizer(Protocol):
-    """What of a tokenizer is used to make tokens of documents."""
-
-    @property
-    def bos_id(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def encode_batch(
-        self, texts: Sequence[str], num_threads: int = 1, prepend_bos: bool = False
-    ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +40,7 @@ class TokenCache:
 
 def open_token_cache(
     files: Sequence[DataFile],
-    tokenizer: TextTokenizer,
+    tokenizer: TokenizerLike,
     *,
     num_threads: int = 1,
     on_progress: Callable[[float], None] = lambda fraction: None,
@@ -80,7 +64,7 @@ def open_token_cache(
     )
 
 
-def _key(files: Sequence[DataFile], tokenizer: TextTokenizer) -> str:
+def _key(files: Sequence[DataFile], tokenizer: TokenizerLike) -> str:
     shards = [(file.path.name, file.size, file.sha256) for file in files]
     facts = json.dumps([FORMAT, tokenizer.fingerprint, shards])
     return hashlib.sha256(facts.encode()).hexdigest()[:24]
@@ -106,7 +90,7 @@ def _mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
 
 def _fill(
     files: Sequence[DataFile],
-    tokenizer: TextTokenizer,
+    tokenizer: TokenizerLike,
     num_threads: int,
     on_progress: Callable[[float], None],
     folder: Path,
