@@ -1,0 +1,165 @@
+"""The image's health check, bill of materials and entry point, without an engine."""
+
+import argparse
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from entrypoint import build_parser
+from infra.image.health import SILENCE_S, health
+from infra.image.sbom import make_sbom, python_components, rust_components
+
+ROOT = Path(__file__).resolve().parents[2]
+NOW = 1_800_000_000.0
+HERE = socket.gethostname()
+
+
+# -- health
+
+
+def write_run(home: Path, **status: Any) -> None:
+    """A run directory with this status, and the pointer to it."""
+    (home / "r").mkdir()
+    (home / "current-run.json").write_text(json.dumps(str(home / "r")))
+    going = {"state": "RUNNING", "stage": "base_train", "host": HERE, "pid": os.getpid()}
+    (home / "r" / "status.json").write_text(json.dumps({**going, "heartbeat": NOW, **status}))
+
+
+def test_a_beating_run_is_healthy(tmp_path: Path) -> None:
+    write_run(tmp_path, heartbeat=NOW - SILENCE_S + 1)
+    healthy, why = health(tmp_path, HERE, NOW)
+    assert healthy
+    assert why == f"{tmp_path}/r: base_train, last sign of life 59 s ago"
+
+
+def test_a_silent_run_is_not(tmp_path: Path) -> None:
+    write_run(tmp_path, heartbeat=NOW - SILENCE_S - 1)
+    assert health(tmp_path, HERE, NOW) == (
+        False,
+        f"{tmp_path}/r: base_train: no sign of life for 61 s",
+    )
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        {"state": "SUCCEEDED"},
+        {"host": "another-container"},
+        {"pid": 2**22 + 1},
+    ],
+    ids=["ended", "elsewhere", "killed"],
+)
+def test_a_silent_run_that_is_not_going_on_here_is_no_trouble(
+    tmp_path: Path, status: dict[str, Any]
+) -> None:
+    write_run(tmp_path, heartbeat=NOW - 9999, **status)
+    assert health(tmp_path, HERE, NOW)[0]
+
+
+def test_a_shell_and_a_torn_pointer_are_healthy(tmp_path: Path) -> None:
+    assert health(tmp_path / "nothing", HERE, NOW) == (True, "no run")
+    (tmp_path / "current-run.json").write_text('"/work')
+    assert health(tmp_path, HERE, NOW) == (True, "no run")
+
+
+def test_the_check_as_a_program_needs_no_pydantic(tmp_path: Path) -> None:
+    write_run(tmp_path, heartbeat=1.0)
+    code = (
+        "import sys; from infra.image.health import main; code = main(); "
+        "assert 'pydantic' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "NANOCHAT_HOME": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "no sign of life" in done.stdout
+
+
+# -- bill of materials
+
+
+def install(site: Path, name: str, version: str, *fields: str) -> None:
+    """The metadata of a distribution, as an installer leaves it."""
+    folder = site / f"{name}-{version}.dist-info"
+    folder.mkdir(parents=True)
+    lines = ["Metadata-Version: 2.4", f"Name: {name}", f"Version: {version}", *fields, "", ""]
+    (folder / "METADATA").write_text("\n".join(lines))
+
+
+def test_python_components_state_their_licence_or_none(tmp_path: Path) -> None:
+    install(tmp_path, "Typing_Ext", "1.0", "License-Expression: MIT AND BSD-3-Clause")
+    install(tmp_path, "named", "2", "License: Apache 2.0")
+    install(tmp_path, "classed", "3", "Classifier: License :: OSI Approved :: BSD License")
+    install(tmp_path, "silent", "4", "License: UNKNOWN")
+    found = {c["name"]: c for c in python_components([tmp_path])}
+    assert found["Typing_Ext"]["purl"] == "pkg:pypi/typing-ext@1.0"
+    assert found["Typing_Ext"]["licenses"] == [{"expression": "MIT AND BSD-3-Clause"}]
+    assert found["named"]["licenses"] == [{"license": {"name": "Apache 2.0"}}]
+    assert found["classed"]["licenses"] == [{"license": {"name": "BSD License"}}]
+    assert "licenses" not in found["silent"]
+
+
+def test_rust_components_are_what_cargo_resolved_without_the_crate_itself() -> None:
+    metadata = {
+        "workspace_members": ["own"],
+        "resolve": {"nodes": [{"id": "own"}, {"id": "used"}]},
+        "packages": [
+            {"id": "own", "name": "rustbpe", "version": "0.2.0", "license": "MIT"},
+            {"id": "used", "name": "regex", "version": "1.2.3", "license": "MIT/Apache-2.0"},
+            {"id": "unused", "name": "winapi", "version": "0.3.0", "license": None},
+        ],
+    }
+    (component,) = rust_components(metadata)
+    assert component["purl"] == "pkg:cargo/regex@1.2.3"
+    assert component["licenses"] == [{"expression": "MIT OR Apache-2.0"}]
+
+
+def test_the_same_image_has_the_same_bill_and_another_has_another(tmp_path: Path) -> None:
+    install(tmp_path, "b", "1")
+    install(tmp_path, "a", "1")
+    components = python_components([tmp_path, tmp_path])
+    first = make_sbom("nanochat", "1", components)
+    assert [c["name"] for c in first["components"]] == ["a", "b"]
+    assert first == make_sbom("nanochat", "1", reversed(components))
+    other = make_sbom("nanochat", "1", components[:1])
+    assert other["serialNumber"] != first["serialNumber"]
+    assert re.fullmatch(
+        r"urn:uuid:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", first["serialNumber"]
+    )
+
+
+# -- entry point
+
+
+def test_the_entry_point_knows_every_verb() -> None:
+    actions = build_parser()._actions
+    (verbs,) = (a.choices for a in actions if isinstance(a, argparse._SubParsersAction))
+    script = (ROOT / "infra" / "image" / "entrypoint.sh").read_text()
+    listed = re.search(r"-\* \| (.*?)\)", script, flags=re.DOTALL)
+    assert listed is not None
+    assert set(verbs) <= set(re.findall(r"\w+", listed[1]))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["echo", "a  b", "*"], "a  b *"),
+        (["sh", "-c", "echo $0 $#", "x", "y"], "x 1"),
+    ],
+)
+def test_what_is_no_verb_is_run_as_it_stands(words: list[str], expected: str) -> None:
+    script = ROOT / "infra" / "image" / "entrypoint.sh"
+    done = subprocess.run(["sh", script, *words], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{expected}\n"
