@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from infra.privileges import enter_image
+
 EXIT_SPEC = 78
 EXIT_INTERRUPTED = 130
 
@@ -74,6 +76,7 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code of the contract."""
+    enter_image(argv)
     args = build_parser().parse_args(argv)
     from infra import verbs
 
