@@ -115,6 +115,7 @@ class Tracker:
         self._on_failure = on_failure
         self._jobs: queue.Queue[Callable[[Sink], None] | None] = queue.Queue(QUEUE_LENGTH)
         self._off = threading.Event()
+        self._switching = threading.Lock()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -152,6 +153,7 @@ class Tracker:
             self._switch_off(f"{type(e).__name__}: {e}")
 
     def _switch_off(self, why: str) -> None:
-        if not self._off.is_set():
-            self._off.set()
-            self._on_failure(f"{self._name} is switched off for the rest of this stage: {why}")
+        with self._switching:
+            if not self._off.is_set():
+                self._on_failure(f"{self._name} is switched off for the rest of this stage: {why}")
+                self._off.set()
