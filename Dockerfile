@@ -1,9 +1,9 @@
 # One image for every place: a laptop's CPU, a cloud GPU under SkyPilot or RunPod, and, converted to
 # a SIF, a SLURM cluster. docs/docker.md says how to use it and why it is cut like this.
 #
-#   base -> tools -> wheel ----------------------> app --+
-#   base -> system -> dependencies -> runtime -----------+-> image
-#                                      data -------------+
+#   base -> tools -> wheel -------------------+
+#   base -> system -> dependencies -> runtime -+-> app --+-> kit -> image
+#                                      data (by fetch) --+       -> test
 #
 # Build arguments:
 #   DATA              smoke, cpu, d20 or none: whose data is baked into /opt/nanochat/data
@@ -60,6 +60,7 @@ RUN --mount=type=cache,target=/var/lib/apt/lists,sharing=locked \
  && useradd --uid 1000 --gid root --home-dir /workspace/nanochat/home --shell /bin/bash \
       --no-create-home nanochat \
  && install -d -o nanochat -g root -m 2775 /workspace
+WORKDIR /workspace
 
 # ---------------------------------------------------------------------------------------------
 # Python packages, hashes enforced; CUDA's libraries come with torch, the driver from the host
@@ -137,13 +138,33 @@ RUN --mount=type=cache,target=/var/cache/nanochat-data,uid=1000,gid=1000 \
 
 # ---------------------------------------------------------------------------------------------
 
-FROM runtime AS image
+# everything together; only the last layer, a few MB, changes with the code
+
+FROM runtime AS kit
+COPY --from=data /out/ /
+COPY --from=app /out/ /
+
+# ---------------------------------------------------------------------------------------------
+# the unit tests inside the image: make image-test
+
+FROM kit AS test
+COPY requirements-dev.lock /build/
+RUN --mount=type=bind,from=tools,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
+    --mount=type=cache,target=/root/.cache/uv \
+    UV_LINK_MODE=copy uv pip install --quiet --python /opt/nanochat/venv/bin/python \
+      --require-hashes -r /build/requirements-dev.lock
+COPY . /build/
+WORKDIR /build
+USER 1000:0
+ENV HOME=/tmp HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis
+CMD ["python", "-m", "pytest", "-p", "no:cacheprovider", "tests/unit"]
+
+# ---------------------------------------------------------------------------------------------
+
+FROM kit AS image
 ARG VERSION=0
 ARG REVISION=unknown
 ARG CREATED=1970-01-01T00:00:00Z
-COPY --from=data /out/ /
-COPY --from=app /out/ /
-WORKDIR /workspace
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s --retries=3 \
     CMD ["python3", "-P", "-m", "infra.image.health"]
