@@ -4,12 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.rundir import IMAGE_DATA, nanochat_home
-from nanochat.spec import RunSpec
+from nanochat.spec import GENERATED_TASKS, RunSpec
 
 LAST_SHARD = 1_822
 """The validation shard of karpathy/fineweb-edu-100b-shuffle."""
-GENERATED_TASKS = ("arithmetic", "parity", "copying", "spelling", "identity")
-"""Tasks that the kit makes itself."""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def _source(
     """Rendered conversations. Raises SpecError where one is longer than the context."""
     seq_len = p.numbers.seq_len
     rendered = [
-        render_conversation(p.tokenizer, c, max_tokens=seq_len + 1)
+        render_conversation(p.tokenizer, c, max_tokens=seq_len)
         for c in mixture(tasks, split, p.spec.seed)
     ]
     if not any(any(mask) for _, mask in rendered):

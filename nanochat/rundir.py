@@ -102,7 +102,7 @@ def read_json(path: Path) -> Any | None:
     """The document in a file, or None where there is no whole document."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError):
         return None
 
 

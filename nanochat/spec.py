@@ -15,7 +15,7 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 STAGES = (
     "data_fetch",
@@ -28,7 +28,27 @@ STAGES = (
     "report",
 )
 TRAIN_STAGES = ("base_train", "mid_train", "chat_sft")
+GENERATED_TASKS = ("arithmetic", "copying", "identity", "kinds", "spelling")
+"""Tasks whose examples the kit makes itself."""
+PUBLISHED_TASKS = (
+    "arc_challenge",
+    "arc_easy",
+    "core",
+    "gsm8k",
+    "humaneval",
+    "mmlu",
+    "mmlu_aux",
+    "smoltalk",
+)
+"""Tasks whose examples are files that `fetch` brings."""
 WEIGHT_STAGES = ("base_train", "mid_train", "chat_sft", "chat_rl")
+
+
+def _known_task(name: str) -> str:
+    known = [*GENERATED_TASKS, *PUBLISHED_TASKS]
+    if name not in known:
+        raise ValueError(_unknown(name, known, "task"))
+    return name
 
 
 class SpecError(ValueError):
@@ -50,6 +70,7 @@ class Section(BaseModel):
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0.0)]
+TaskName = Annotated[str, AfterValidator(_known_task)]
 
 
 class Budget(Section):
@@ -237,7 +258,7 @@ class ChatStage(TrainStage):
 
     num_epochs: Positive | None = None
     """Passes over the mixture; give this or num_steps."""
-    mixture: dict[str, Positive]
+    mixture: dict[TaskName, Positive]
     """Number of conversations of each task."""
 
     @model_validator(mode="after")
@@ -261,7 +282,7 @@ class ChatSft(ChatStage):
 class ChatRl(Section):
     """Reinforcement learning on a task whose answers can be checked (simplified GRPO)."""
 
-    task: str = "gsm8k"
+    task: TaskName = "gsm8k"
     """The task whose reward is maximised."""
     num_steps: Positive
     """Optimizer steps."""
@@ -286,7 +307,7 @@ class ChatRl(Section):
 class Evaluate(Section):
     """Score the weights of every training stage."""
 
-    tasks: tuple[str, ...] = Field(strict=False)
+    tasks: tuple[TaskName, ...] = Field(strict=False)
     """Names of the tasks."""
     max_examples: Positive = 500
     """Held-out examples per task at most."""

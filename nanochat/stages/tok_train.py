@@ -84,7 +84,7 @@ def compression_table(
     tokenizer: TokenizerLike, samples: dict[str, str]
 ) -> list[dict[str, str | int | float]]:
     """One row per kind of text and tokenizer: bytes, tokens, bytes per token."""
-    counters = {"ours": tokenizer.count_tokens}
+    counters: dict[str, Callable[[str], int]] = {"ours": tokenizer.count_tokens}
     for name, pattern in PUBLISHED.items():
         if path := _vocabulary_file(name):
             encoding = tiktoken.Encoding(
