@@ -226,8 +226,8 @@ class TrainStage(Section):
     """Steps between two lines in metrics.jsonl."""
     early_stop_patience: Positive | None = None
     """Validation looks without a new best after which the stage ends; unset: never."""
-    spike_factor: Annotated[float, Field(gt=1.0)] = 3.0
-    """A loss above this many times its running mean rolls back to the last good checkpoint."""
+    spike_nats: Rate = 2.0
+    """A loss this far above its running mean rolls back to the last good checkpoint."""
     max_rollbacks: Annotated[int, Field(ge=0)] = 3
     """Roll-backs after which the training counts as failed."""
 

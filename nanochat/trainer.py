@@ -253,7 +253,7 @@ def fit(
         loss, grad_norm = _forward_backward(
             train_model, optimizer, batch, numbers, settings.grad_clip, dist, autocast
         )
-        if _is_bad(loss, grad_norm, at, settings.spike_factor):
+        if _is_bad(loss, grad_norm, at, settings.spike_nats):
             rollbacks += 1
             message = f"loss {loss:.4g}, gradient norm {grad_norm:.4g} at batch {at.batch}"
             if rollbacks > settings.max_rollbacks:
@@ -378,11 +378,11 @@ def _from_rank_0(dist: Dist, values: tuple[float | bool, ...]) -> list[float]:
     return dist.all_reduce_sum(carrier if dist.is_main else torch.zeros_like(carrier)).tolist()
 
 
-def _is_bad(loss: float, grad_norm: float, at: Position, spike_factor: float) -> bool:
+def _is_bad(loss: float, grad_norm: float, at: Position, spike_nats: float) -> bool:
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         return True
     known = at.mean_loss is not None and at.step >= SPIKE_AFTER_STEPS
-    return known and loss > spike_factor * (at.mean_loss or loss)
+    return known and loss > (at.mean_loss or 0.0) + spike_nats
 
 
 def _can_save_in_time(run: RunDir, checkpointer: Checkpointer) -> bool:
