@@ -109,7 +109,7 @@ def read_json(path: Path) -> Any | None:
 def append_jsonl(path: Path, record: dict[str, Any], durable: bool = False) -> None:
     """Append one line; the line is one write, so that a kill tears at most the last one."""
     line = (json.dumps(record, default=str) + "\n").encode()
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         if os.write(fd, line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
