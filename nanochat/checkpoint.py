@@ -258,7 +258,7 @@ class Checkpointer:
         self.last_stall_s = time.monotonic() - started_s
 
     def wait(self) -> None:
-        """Return when all that was asked for is on the disk; raises CheckpointError if it is not."""
+        """Return when all that was asked is on the disk. Raises CheckpointError if it is not."""
         pending, self._pending = self._pending, []
         for future in pending:
             future.result()
