@@ -15,6 +15,7 @@ from typing import Any
 
 from infra import hardware, planner, preflight
 from infra.console import Console, render_status
+from infra.privileges import lost_with_container
 from infra.supervisor import Price, Supervisor
 from nanochat.offline import install_guard
 from nanochat.rundir import (
@@ -97,6 +98,11 @@ def run(args: argparse.Namespace) -> int:
         _say(f"nanochat run: {problem.message}")
     if problems:
         return max(p.exit_code for p in problems)
+    if lost_with_container(run_dir.path):
+        _say(
+            "nanochat run: warning: no volume at /workspace, so the run is lost with this "
+            "container. Keep it: docker run -v nanochat:/workspace ..."
+        )
     document = frozen or made.to_json()
     price = Price(document["usd_per_hour"], document.get("price_source", "plan"))
     console = Console(run_dir, spec.stages)

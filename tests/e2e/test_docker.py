@@ -1,0 +1,257 @@
+"""The image on a real engine: users, places, stops, kills, full disks, and that runs go on."""
+
+import json
+import re
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from docker.models.containers import Container
+
+from tests.twin.engine import MOUNT, Ended, Engine, wait_until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+
+TOY = ("run", "@configs/e2e.toml")
+RUN = f"{MOUNT}/nanochat/runs/e2e"
+OFFLINE = {"network_mode": "none", "read_only": True}
+START_S = 240.0
+"""Until a stage's first step on two cores that others use too."""
+
+
+def mounted(volume: str, mode: str = "rw") -> dict[str, Any]:
+    return {"volumes": {volume: {"bind": MOUNT, "mode": mode}}}
+
+
+def shown(container: Container, path: str) -> str:
+    """A file of a running container; empty where there is none."""
+    code, output = container.exec_run(["cat", path])
+    return output.decode() if code == 0 else ""
+
+
+def last_step(container: Container, stage: str) -> int:
+    """The last training step of a stage in metrics.jsonl; 0 before the first."""
+    lines = shown(container, f"{RUN}/metrics.jsonl").splitlines()
+    wanted = [line for line in lines if '"loss"' in line and f'"{stage}"' in line]
+    return max([0, *(json.loads(line)["step"] for line in wanted)])
+
+
+def wait_for_step(container: Container, stage: str, step: int) -> None:
+    def reached() -> bool:
+        container.reload()
+        assert container.status == "running", container.logs().decode()
+        return last_step(container, stage) >= step
+
+    wait_until(reached, START_S, f"{stage} at step {step}")
+
+
+def weights(engine: Engine, volume: str) -> list[str]:
+    """sha256 of the last model and optimizer of a run, and its last validation loss."""
+    script = (
+        f"cd {RUN}/checkpoints/chat_sft && cd $(cat latest) && sha256sum model-* optimizer-* && "
+        f"grep val_bpb {RUN}/metrics.jsonl | sed 's/.*\\(\"val_bpb\": [0-9.]*\\).*/\\1/' | tail -1"
+    )
+    lines = engine.shell(volume, script).splitlines()
+    assert len(lines) >= 3, lines
+    return lines
+
+
+@pytest.fixture(scope="module")
+def finished(engine: Engine, image: str) -> Iterator[tuple[str, Ended]]:
+    """The toy run from start to report, without network, read-only: its volume and its end."""
+    with engine.volume() as volume:
+        yield volume, engine.run(*TOY, **OFFLINE, **mounted(volume))
+
+
+# -- the whole run
+
+
+def test_the_run_ends_with_a_report_offline_and_read_only(
+    engine: Engine, finished: tuple[str, Ended]
+) -> None:
+    volume, ended = finished
+    assert ended.exit_code == 0, ended.output
+    assert "lost" not in ended.output
+    report = engine.shell(volume, f"cat {RUN}/report.md")
+    assert "val_bpb" in report
+    status = json.loads(engine.shell(volume, f"cat {RUN}/status.json"))
+    assert (status["state"], status["exit_code"]) == ("SUCCEEDED", 0)
+
+
+def test_everything_it_left_belongs_to_the_user(
+    engine: Engine, finished: tuple[str, Ended]
+) -> None:
+    owners = engine.shell(finished[0], f"find {MOUNT} -printf '%U:%G\\n' | sort | uniq -c")
+    assert {line.split()[1] for line in owners.splitlines()} == {"1000:0"}
+
+
+def test_another_user_of_the_group_goes_on_with_it(
+    engine: Engine, finished: tuple[str, Ended]
+) -> None:
+    again = engine.run(*TOY, user="12345:0", **OFFLINE, **mounted(finished[0]))
+    assert again.exit_code == 0, again.output
+    assert "base_train starts" not in again.output
+
+
+def test_any_user_runs_it_all(engine: Engine, image: str, volume: str) -> None:
+    ended = engine.run(*TOY, user="12345:0", **OFFLINE, **mounted(volume))
+    assert ended.exit_code == 0, ended.output
+    owners = engine.shell(volume, f"find {MOUNT}/nanochat -printf '%U\\n' | sort -u")
+    assert owners.split() == ["12345"]
+
+
+def test_without_a_volume_it_runs_and_warns(engine: Engine, image: str) -> None:
+    short = ["base_train.num_steps=2", "mid_train.num_steps=2", "chat_sft.num_steps=2"]
+    ended = engine.run(*TOY, *short, network_mode="none")
+    assert ended.exit_code == 0, ended.output
+    assert re.search(r"warning: .*lost with.*-v nanochat:/workspace", ended.output), ended.output
+
+
+# -- users
+
+
+def test_a_shell_is_root_and_gets_its_words_unchanged(engine: Engine, image: str) -> None:
+    ended = engine.run("bash", "-c", "id -u; echo ok; exit 42")
+    assert (ended.exit_code, ended.output) == (42, "0\nok\n")
+
+
+def test_a_run_is_the_user_on_a_volume_of_root(engine: Engine, image: str, volume: str) -> None:
+    engine.shell(volume, f"chown 0:0 {MOUNT} && chmod 755 {MOUNT}")
+    container = engine.start(*TOY, **OFFLINE, **mounted(volume))
+    wait_for_step(container, "base_train", 1)
+    listed = container.top(ps_args="-eo uid,args")
+    by_uid = {words[1]: words[0] for words in listed["Processes"]}
+    training = {uid for args, uid in by_uid.items() if "nanochat" in args and "tini" not in args}
+    assert training == {"1000"}, by_uid
+    code, said = container.exec_run(["python3", "-P", "-m", "infra.image.health"])
+    assert (code, said.startswith(f"{RUN}: base_train".encode())) == (0, True), said
+    container.stop()
+    assert engine.wait(container).exit_code == 75
+    owners = engine.shell(volume, f"find {MOUNT} -mindepth 1 -printf '%U\\n' | sort -u")
+    assert owners.split() == ["1000"]
+
+
+def test_ssh_past_the_entry_point_drops_root_too(engine: Engine, image: str, volume: str) -> None:
+    script = """
+    mkdir -p /run/sshd ~/.ssh && cd /etc/ssh && ssh-keygen -A >/dev/null && service ssh restart
+    ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/id_ed25519 && cp ~/.ssh/id_ed25519.pub \
+      ~/.ssh/authorized_keys
+    ssh -o StrictHostKeyChecking=no localhost 'id -u; nanochat doctor --json >/dev/null'
+    stat -c %u /workspace/nanochat/home
+    """
+    ended = engine.run("bash", "-c", script, network_mode="none", **mounted(volume))
+    assert ended.output.splitlines()[-2:] == ["0", "1000"], ended.output
+
+
+# -- stops and kills
+
+
+def test_docker_stop_saves_and_the_next_run_ends_with_the_same_bits(
+    engine: Engine, finished: tuple[str, Ended], volume: str
+) -> None:
+    container = engine.start(*TOY, **OFFLINE, **mounted(volume))
+    wait_for_step(container, "base_train", 15)
+    started = time.monotonic()
+    container.stop(timeout=10)
+    assert time.monotonic() - started < 10.0
+    ended = engine.wait(container)
+    assert ended.exit_code == 75, ended.output
+    complete = engine.shell(volume, f"ls {RUN}/checkpoints/base_train/*/manifest.json")
+    assert complete
+    again = engine.run(*TOY, **OFFLINE, **mounted(volume))
+    assert again.exit_code == 0, again.output
+    assert weights(engine, volume) == weights(engine, finished[0])
+
+
+def test_docker_kill_loses_at_most_an_interval(
+    engine: Engine, finished: tuple[str, Ended], volume: str
+) -> None:
+    often = "budget.checkpoint_every_s=1.0"
+    container = engine.start(*TOY, often, **OFFLINE, **mounted(volume))
+    latest = f"{RUN}/checkpoints/base_train/latest"
+    wait_until(lambda: "step_" in shown(container, latest), START_S, "a first checkpoint")
+    wait_for_step(container, "base_train", 30)
+    container.kill()
+    assert engine.wait(container).exit_code == 137
+    age_s = engine.shell(
+        volume,
+        f"cd {RUN} && echo $(($(stat -c %Y metrics.jsonl) - $(stat -c %Y "
+        "checkpoints/base_train/$(cat checkpoints/base_train/latest)))))",
+    )
+    assert int(age_s) <= 5
+    again = engine.run(*TOY, often, **OFFLINE, **mounted(volume))
+    assert again.exit_code == 0, again.output
+    assert weights(engine, volume) == weights(engine, finished[0])
+
+
+@pytest.mark.long
+def test_out_of_memory_is_said_and_more_memory_resumes(
+    engine: Engine, image: str, volume: str
+) -> None:
+    from infra.launch.docker import how_it_ended
+
+    ended = engine.run(
+        *TOY,
+        "runtime.max_restarts=1",
+        mem_limit="260m",
+        memswap_limit="260m",
+        **OFFLINE,
+        **mounted(volume),
+    )
+    assert ended.attrs["State"]["OOMKilled"]
+    code, message = how_it_ended(ended.attrs)
+    assert (code, "out of memory at its limit of 0.3 GiB" in message) == (77, True), ended.output
+    again = engine.run(*TOY, "runtime.max_restarts=1", **OFFLINE, **mounted(volume))
+    assert again.exit_code == 0, again.output
+
+
+# -- volumes
+
+
+def test_a_read_only_volume_is_refused_with_the_fix(
+    engine: Engine, finished: tuple[str, Ended]
+) -> None:
+    ended = engine.run(*TOY, **OFFLINE, **mounted(finished[0], "ro"))
+    assert ended.exit_code == 78, ended.output
+    assert "cannot be written" in ended.output
+
+
+def test_a_volume_that_fills_up_keeps_the_last_complete_checkpoint(
+    engine: Engine, image: str
+) -> None:
+    small = {"type": "tmpfs", "device": "tmpfs", "o": "size=64m"}
+    with engine.volume(driver="local", driver_opts=small) as volume:
+        holder = engine.start("sleep", "infinity", **mounted(volume))
+        run = (*TOY, "checkpoint.free_floor_gib=0.0", "budget.checkpoint_every_s=1.0")
+        container = engine.start(*run, **OFFLINE, **mounted(volume))
+        wait_for_step(container, "base_train", 10)
+        holder.exec_run(["bash", "-c", f"head -c 64M /dev/zero > {MOUNT}/filler"])
+        ended = engine.wait(container)
+        assert ended.exit_code == 77, ended.output
+        assert "space" in ended.output
+        holder.exec_run(["rm", f"{MOUNT}/filler"])
+        again = engine.run(*run, **OFFLINE, **mounted(volume))
+        assert again.exit_code == 0, again.output
+
+
+# -- start
+
+
+def test_help_is_quick(engine: Engine, image: str) -> None:
+    def seconds(*command: str) -> float:
+        started = time.monotonic()
+        assert engine.run(*command).exit_code == 0
+        return time.monotonic() - started
+
+    # The best of some: others use this machine too.
+    assert min(seconds("--help") for _ in range(5)) < 1.5
+
+
+def test_a_signal_before_the_run_has_started_ends_it(engine: Engine, image: str) -> None:
+    container = engine.start("sleep", "1000")
+    started = time.monotonic()
+    container.kill(signal.SIGTERM)
+    assert engine.wait(container, 30.0).exit_code == 143
+    assert time.monotonic() - started < 5.0
