@@ -170,9 +170,8 @@ class Engine:
     # -------------------------------------------------------------------------
     # Continuous batching
 
-    def submit(self, request: Request) -> Generation:
-        """Queue a request; it joins when a row is free. Raises ValueError for one that is empty or
-        too long to be answered."""
+    def check(self, request: Request) -> None:
+        """Raises ValueError for a request that is empty or too long to be answered."""
         if not request.prompt:
             raise ValueError("an empty prompt: begin it with the bos token")
         if len(request.prompt) >= self.max_seq_len:
@@ -180,11 +179,14 @@ class Engine:
                 f"a prompt of {len(request.prompt)} tokens leaves no room for an answer in the "
                 f"{self.max_seq_len} tokens of context"
             )
-        generation = Generation(request)
         if request.max_tokens < 1:
-            generation.finish_reason = "length"
-        else:
-            self._waiting.append(generation)
+            raise ValueError(f"max_tokens = {request.max_tokens}; at least 1")
+
+    def submit(self, request: Request) -> Generation:
+        """Queue a request; it joins when a row is free. Raises ValueError as `check`."""
+        self.check(request)
+        generation = Generation(request)
+        self._waiting.append(generation)
         return generation
 
     def cancel(self, generation: Generation) -> None:

@@ -23,6 +23,8 @@ STAGE_OF = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "
 class Loaded:
     """A model in evaluation mode, and where it came from."""
 
+    model_id: str
+    """Name for clients: the run's and the stage's, as `smoke-sft`."""
     model: GPT
     tokenizer: TokenizerLike
     stage: str
@@ -44,6 +46,7 @@ def load_trained(
     dtype: of the weights; by default bf16 on CUDA and fp32 elsewhere. Raises SpecError where the
     run has no weights or no tokenizer yet, CheckpointError where a checkpoint cannot be read.
     """
+    spec = run.spec()
     stage = _pick_stage(run, stage)
     if not run.tokenizer_dir.is_dir():
         raise SpecError(f"{run.path} has no tokenizer yet; its stage tok_train has not finished")
@@ -52,10 +55,12 @@ def load_trained(
     place = torch.device(pick_device() if device == "auto" else device)
     if dtype is None:
         dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-    model = GPT(gpt_config(run.spec().model))
+    model = GPT(gpt_config(spec.model))
     model.load_state_dict(weights)
     model.to(device=place, dtype=dtype).eval().requires_grad_(False)
-    return Loaded(model, tokenizer, stage, extra["position"]["step"], extra)
+    short = next(name for name, full in STAGE_OF.items() if full == stage)
+    step = extra["position"]["step"]
+    return Loaded(f"{spec.name}-{short}", model, tokenizer, stage, step, extra)
 
 
 def pick_device() -> str:

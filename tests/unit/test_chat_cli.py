@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_run import make_run
 
 from nanochat.chat import cli
 from nanochat.chat.session import Session, Settings, fit_conversation
@@ -20,9 +19,9 @@ from nanochat.spec import SpecError
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    return make_run(str(tmp_path_factory.mktemp("tiny") / "run"))
+@pytest.fixture
+def run(tiny_run: RunDir) -> RunDir:
+    return tiny_run
 
 
 @pytest.fixture

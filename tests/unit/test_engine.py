@@ -219,7 +219,8 @@ def test_prompts_that_cannot_be_answered_are_refused(model: GPT) -> None:
         engine.submit(Request(prompt=(), max_tokens=1))
     with pytest.raises(ValueError, match="10 tokens of context"):
         engine.submit(Request(prompt=(1,) * 10, max_tokens=1))
-    assert engine.complete([Request(prompt=(1,), max_tokens=0)])[0].finish_reason == "length"
+    with pytest.raises(ValueError, match="max_tokens = 0"):
+        engine.submit(Request(prompt=(1,), max_tokens=0))
 
 
 def test_the_model_stays_in_its_mode(model: GPT) -> None:

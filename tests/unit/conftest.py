@@ -1,0 +1,14 @@
+"""What several unit tests share."""
+
+from collections.abc import Iterator
+
+import pytest
+from tiny_run import make_run
+
+from nanochat.rundir import RunDir
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunDir]:
+    """A finished run whose model knows a few answers by heart."""
+    yield make_run(str(tmp_path_factory.mktemp("tiny") / "run"))
