@@ -23,6 +23,7 @@ MAX_TRAIN_CHARS = 6_000_000
 MIN_DOCSTRING_CHARS = 240
 """Shorter docstrings stay in the code: on their own they are not worth a document."""
 MIN_FILES = 100
+PIECE_CHARS = 1_200
 
 SKIPPED_FOLDERS = frozenset(
     {"__pycache__", "site-packages", "dist-packages", "lib-dynload", "__phello__"}
@@ -102,7 +103,7 @@ def _documents(path: Path, root: Path) -> Iterator[_Document]:
     name = _name(path, root)
     text = path.read_text(encoding="utf-8", errors="replace")
     if name == LICENSE_FILE:
-        yield _Document(False, _hash(name), text)
+        yield from _cut(False, name, text)
         return
     try:
         with warnings.catch_warnings():
@@ -112,13 +113,33 @@ def _documents(path: Path, root: Path) -> Iterator[_Document]:
         return
     if name == TOPICS_FILE:
         for topic, prose in _topics(tree).items():
-            yield _Document(False, _hash(f"{name}#{topic}"), prose)
+            yield from _cut(False, f"{name}#{topic}", prose)
         return
     code, docstrings = _split_docstrings(text, tree, _module_name(name))
     for title, prose in docstrings.items():
         yield _Document(False, _hash(f"{name}#{title}"), f"{title}\n\n{prose}\n")
-    if code.strip():
-        yield _Document(True, _hash(name), code)
+    yield from _cut(True, name, code)
+
+
+def _cut(is_code: bool, name: str, text: str) -> Iterator[_Document]:
+    """Documents of about PIECE_CHARS characters, cut where a line stands at the margin after a
+    blank one: between definitions, or between paragraphs.
+
+    Small documents mix well: a step of a toy run reads one or two thousand tokens.
+    """
+    piece: list[str] = []
+    size = number = 0
+    before = ""
+    for line in text.splitlines(keepends=True):
+        at_margin = not before.strip() and bool(line.strip()) and not line[0].isspace()
+        if at_margin and size >= PIECE_CHARS:
+            yield _Document(is_code, _hash(f"{name}#{number}"), "".join(piece))
+            piece, size, number = [], 0, number + 1
+        piece.append(line)
+        size += len(line)
+        before = line
+    if "".join(piece).strip():
+        yield _Document(is_code, _hash(f"{name}#{number}"), "".join(piece))
 
 
 def _module_name(name: str) -> str:

@@ -227,9 +227,9 @@ class TrainStage(Section):
     early_stop_patience: Positive | None = None
     """Validation looks without a new best after which the stage ends; unset: never."""
     spike_nats: Rate = 2.0
-    """A loss this far above its running mean rolls back to the last good checkpoint."""
+    """Losses that stay this far above their running mean roll back to the last good checkpoint."""
     max_rollbacks: Annotated[int, Field(ge=0)] = 3
-    """Roll-backs after which the training counts as failed."""
+    """Roll-backs within 200 steps after which the training counts as failed."""
 
 
 class BaseTrain(TrainStage):

@@ -4,8 +4,8 @@
   sums over targets, divided by the step's global number of targets.
 * The loop knows no money and no cloud: it looks at RUN/stop.json every step, and where the horizon
   is the budget it reads how much of it is used.
-* A loss that is not finite, or far above its running mean, rolls back to the last checkpoint and
-  leaves the batch out; what is left out is on disk before the next step.
+* A loss that is not finite, or that stays far above its running mean, rolls back to the last
+  checkpoint and leaves its batches out; what is left out is on disk before the next step.
 """
 
 import math
@@ -34,6 +34,10 @@ from nanochat.stage import StageFailed
 
 SPIKE_AFTER_STEPS = 20
 """Losses that the running mean needs before a spike is called one."""
+SPIKE_STEPS = 3
+"""High losses in a row that are a spike; fewer are odd text, which clipping takes care of."""
+ROLLBACK_WINDOW_STEPS = 200
+"""Roll-backs further apart than this do not add up to a divergence."""
 LOSS_DECAY = 0.95
 PROGRESS_EVERY_S = 0.5
 GIB = 2**30
@@ -47,7 +51,9 @@ class Position:
     batch: int = 0
     """Batches drawn from the stream: steps and left-out batches."""
     mean_loss: float | None = None
-    """Exponential running mean of the training loss."""
+    """Exponential running mean of the training loss, spikes aside."""
+    high: tuple[int, ...] = ()
+    """The last batches, as long as their losses were far above the mean."""
     best_bpb: float | None = None
     best_step: int | None = None
     looks_since_best: int = 0
@@ -113,7 +119,8 @@ def fit(
     """
     horizon = Horizon(run, stage, numbers.num_steps)
     left_out = {r["batch"] for r in run.resolved("rollback") if r["stage"] == stage}
-    rollbacks = 0
+    rollbacks: list[int] = []
+    num_rollbacks = 0
     at = Position()
     cursor: dict[str, Any] | None = None
 
@@ -138,6 +145,7 @@ def fit(
         if loaded is not None:
             optimizer.load_state_dict(target["optimizer"])
             at, cursor = Position(**loaded.extra["position"]), loaded.extra["cursor"]
+            at = replace(at, high=tuple(at.high))
             if loaded.rank_extra is not None:
                 set_rng_state(loaded.rank_extra["rng"])
         return loaded
@@ -253,23 +261,28 @@ def fit(
         loss, grad_norm = _forward_backward(
             train_model, optimizer, batch, numbers, settings.grad_clip, dist, autocast
         )
-        if _is_bad(loss, grad_norm, at, settings.spike_nats):
-            rollbacks += 1
-            message = f"loss {loss:.4g}, gradient norm {grad_norm:.4g} at batch {at.batch}"
-            if rollbacks > settings.max_rollbacks:
+        is_high = _is_high(loss, at, settings.spike_nats)
+        high = (*at.high, at.batch) if is_high else ()
+        if not math.isfinite(loss + grad_norm) or len(high) == SPIKE_STEPS:
+            bad = high or (at.batch,)
+            message = f"loss {loss:.4g}, gradient norm {grad_norm:.4g} at step {at.step}"
+            rollbacks = [s for s in rollbacks if at.step - s < ROLLBACK_WINDOW_STEPS] + [at.step]
+            if len(rollbacks) > settings.max_rollbacks:
                 raise StageFailed(
                     f"{message}: diverged again after {settings.max_rollbacks} roll-backs; try "
                     f"lower learning rates ({stage}.matrix_lr = {settings.matrix_lr})"
                 )
             if dist.is_main:
-                run.append_resolved("rollback", stage=stage, batch=at.batch, reason=message)
-            left_out.add(at.batch)
-            metrics.log_event("rollback", f"{message}; the batch is left out", step=at.step)
-            loader.close()
+                for number in bad:
+                    run.append_resolved("rollback", stage=stage, batch=number, reason=message)
+            left_out.update(bad)
+            num_rollbacks += 1
+            metrics.log_event("rollback", f"{message}; left out: batches {list(bad)}")
             checkpointer.wait()
-            if load() is None:  # no step has been taken: the weights are as they were
-                at, cursor = replace(at, batch=0), None
-            loader = make_loader(cursor)
+            if load() is not None:  # else nothing is saved yet: go on behind the bad batches
+                loader.close()
+                loader = make_loader(cursor)
+            at = replace(at, high=())
             continue
         optimizer.set_lr_scale(scale)
         optimizer.set_momentum(muon_momentum(at.step))
@@ -280,11 +293,11 @@ def fit(
         if not first_step:
             step_times_s.append(step_s)
         tokens_per_s = numbers.total_batch_size / step_s
-        mean = at.mean_loss
         at = replace(
             at,
             step=at.step + 1,
-            mean_loss=loss if mean is None else LOSS_DECAY * mean + (1 - LOSS_DECAY) * loss,
+            mean_loss=_running_mean(at.mean_loss, loss) if not is_high else at.mean_loss,
+            high=high,
             trained_s=at.trained_s + step_s,
         )
         mfu = None
@@ -339,7 +352,7 @@ def fit(
             "checkpoint_s": checkpointer.last_save_s,
             "checkpoint_bytes": checkpointer.last_bytes,
             "loader_wait_s": loader.wait_s,
-            "rollbacks": rollbacks,
+            "rollbacks": num_rollbacks,
         },
     )
 
@@ -378,11 +391,15 @@ def _from_rank_0(dist: Dist, values: tuple[float | bool, ...]) -> list[float]:
     return dist.all_reduce_sum(carrier if dist.is_main else torch.zeros_like(carrier)).tolist()
 
 
-def _is_bad(loss: float, grad_norm: float, at: Position, spike_nats: float) -> bool:
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        return True
-    known = at.mean_loss is not None and at.step >= SPIKE_AFTER_STEPS
-    return known and loss > (at.mean_loss or 0.0) + spike_nats
+def _is_high(loss: float, at: Position, spike_nats: float) -> bool:
+    """Whether a loss is far above the running mean; one such batch may just be odd text."""
+    if at.mean_loss is None or at.step < SPIKE_AFTER_STEPS:
+        return False
+    return loss > at.mean_loss + spike_nats
+
+
+def _running_mean(mean: float | None, loss: float) -> float:
+    return loss if mean is None else LOSS_DECAY * mean + (1 - LOSS_DECAY) * loss
 
 
 def _can_save_in_time(run: RunDir, checkpointer: Checkpointer) -> bool:
