@@ -325,7 +325,7 @@ class Checkpointer:
         on_cuda = False
         for item in self._plan.items:
             live = cast(Tensor, planner.resolve_data(item))
-            self._buffers[item.index].copy_(live.detach(), non_blocking=True)
+            self._buffers[item.index].copy_(live.detach(), non_blocking=live.is_cuda)
             on_cuda = on_cuda or live.is_cuda
         if on_cuda:
             torch.cuda.synchronize()
@@ -387,7 +387,7 @@ class Checkpointer:
     def load_latest(self, state: State, *, verify: bool = True) -> LoadedCheckpoint | None:
         """Fill `state` from the newest checkpoint that is whole; None where there is none at all.
 
-        verify: compare the sha256 of all files, each rank a part of them (sizes always are).
+        verify: compare the sha256 of all tensors, each rank a part of the files (sizes always are).
         Damaged ones are renamed to step_X.damaged and reported. Raises CheckpointError when all
         are damaged (starting over would cost what was paid), or when the state does not fit.
         """

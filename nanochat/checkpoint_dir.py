@@ -107,14 +107,17 @@ class Manifest:
         return manifest
 
     def check(self, folder: Path, names: Iterable[str], sha256: bool) -> None:
-        """Compare files with what was written. Raises DamagedCheckpoint that names the file."""
+        """Compare files with what was written. Raises DamagedCheckpoint that names the file.
+
+        The hash of the index is always compared: it says where everything else lies.
+        """
         for name in names:
             record, path = self.files[name], folder / name
             try:
                 size = path.stat().st_size
                 if size != record.size:
                     raise DamagedCheckpoint(f"{path} has {size} bytes, written were {record.size}")
-                if sha256 and sha256_of(path) != record.sha256:
+                if (sha256 or name == STATE_FILE) and sha256_of(path) != record.sha256:
                     raise DamagedCheckpoint(f"{path} was changed: its sha256 differs")
             except OSError as e:
                 raise DamagedCheckpoint(f"{path} is unreadable ({e.strerror})") from None
@@ -210,6 +213,7 @@ class CheckpointDir:
     def recover(self) -> None:
         """Undo what a killed process left half done; call it before the first load or save."""
         self.storage.make_dir(self.path)
+        self.storage.sync_dir(self.path.parent)
         for old in self.path.glob(".step_*.old"):
             target = self.path / old.name[1:].removesuffix(".old")
             if not target.exists():

@@ -162,6 +162,9 @@ def test_flipped_bits_are_not_looked_for_when_not_asked(tmp_path: Path) -> None:
     damage(tmp_path / "step_000001" / "optimizer-00000.safetensors", -3)
     loaded = Checkpointer(tmp_path, NO_FLOOR).load_latest(state_of(0), verify=False)
     assert loaded is not None and loaded.skipped == []
+    damage(tmp_path / "step_000001" / "state.json", -3)  # the index always is
+    with pytest.raises(CheckpointError, match="no checkpoint .* is whole"):
+        Checkpointer(tmp_path, NO_FLOOR).load_latest(state_of(0), verify=False)
 
 
 def test_a_later_format_is_refused_not_walked_over(tmp_path: Path) -> None:
