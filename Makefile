@@ -6,9 +6,11 @@ VENV    := .venv
 PY      := $(VENV)/bin/python
 RUST    := $(shell find rustbpe -name '*.rs' -not -path '*/target/*' 2>/dev/null) rustbpe/Cargo.toml rustbpe/Cargo.lock rustbpe/pyproject.toml
 RUN     ?= runs/smoke
+DATA    ?= smoke
+SKYPILOT_RUNTIME ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke test lint fmt build bench e2e e2e-long lock clean
+.PHONY: help setup smoke test lint fmt build bench e2e e2e-long lock clean image image-test push sbom
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F': *' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -55,6 +57,23 @@ fmt: setup  ## format Python and Rust
 build: setup  ## wheels of the kit and of the tokenizer in build/wheels
 	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheels .
 
+image:  ## the Docker image (DATA=smoke|cpu|d20|none, SKYPILOT_RUNTIME=1|0)
+	infra/image/build.sh $(IMAGE) --build-arg DATA=$(DATA) --build-arg SKYPILOT_RUNTIME=$(SKYPILOT_RUNTIME)
+
+image-test:  ## the unit tests inside the image
+	infra/image/build.sh $(IMAGE)-test --target test --build-arg DATA=none
+	docker run --rm --network none $(IMAGE)-test
+
+push: image  ## push the image to REGISTRY=host/name, and print the digest to name it by
+	@test -n "$(REGISTRY)" || { echo "Where to? make push REGISTRY=ghcr.io/yourname"; exit 1; }
+	docker tag $(IMAGE) $(REGISTRY)/$(IMAGE)
+	docker push $(REGISTRY)/$(IMAGE)
+	@docker image inspect --format '{{join .RepoDigests "\n"}}' $(IMAGE) | grep '^$(REGISTRY)/'
+
+sbom: image  ## the image's bill of materials, build/sbom.cdx.json (CycloneDX)
+	@mkdir -p build
+	docker run --rm $(IMAGE) cat /opt/nanochat/sbom.cdx.json > build/sbom.cdx.json
+
 bench: setup  ## every benchmark; prints JSON with the ratio to a named peer
 	for script in bench/*.py; do $(PY) $$script; done
 
@@ -67,6 +86,8 @@ e2e-long: setup  ## the full counts of the proofs
 lock:  ## resolve the dependencies again into the lock files
 	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
 	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --extra dev --constraint requirements.lock --output-file requirements-dev.lock pyproject.toml
+	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --output-file infra/image/tools.lock infra/image/tools.in
+	$(VENV)/bin/uv pip compile --quiet --python-platform x86_64-manylinux_2_28 --no-emit-package skypilot --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --output-file infra/image/skypilot-runtime.lock infra/image/skypilot-runtime.in
 
 clean:  ## remove what the targets made, except runs
 	rm -rf $(VENV) build rustbpe/target .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
