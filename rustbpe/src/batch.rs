@@ -130,17 +130,13 @@ impl Encoder {
         let mut segments = Vec::with_capacity(texts.len());
         for (text, content) in texts.iter().enumerate() {
             let mut start = 0;
-            while let Some(end) = self.pattern().cut(content, start + SEGMENT_BYTES) {
+            for part in self.pattern().parts(content, SEGMENT_BYTES) {
                 segments.push(Segment {
                     text,
-                    range: start..end,
+                    range: start..start + part.len(),
                 });
-                start = end;
+                start += part.len();
             }
-            segments.push(Segment {
-                text,
-                range: start..content.len(),
-            });
         }
         segments
     }

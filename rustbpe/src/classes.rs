@@ -77,10 +77,12 @@ impl Classes {
             block_of: Vec::new(),
             blocks: Vec::new(),
         };
-        for chunk in flat.as_chunks::<BLOCK>().0 {
+        for chunk in flat.chunks_exact(BLOCK) {
             let known = classes.blocks.iter().position(|block| block == chunk);
             let index = known.unwrap_or_else(|| {
-                classes.blocks.push(*chunk);
+                classes
+                    .blocks
+                    .push(chunk.try_into().expect("chunks are blocks"));
                 classes.blocks.len() - 1
             });
             classes.block_of.push(index as u16);

@@ -14,7 +14,7 @@ use crate::control::Control;
 use crate::pattern::{Pattern, PatternError};
 use crate::words::WordCounts;
 
-/// Bytes of text after which a batch should be handed over.
+/// Bytes of text after which a batch is handed over.
 pub const BATCH_BYTES: usize = 1 << 20;
 
 /// Several texts, end to end.
@@ -43,6 +43,11 @@ impl Batch {
 
     pub fn is_empty(&self) -> bool {
         self.ends.is_empty()
+    }
+
+    /// Whether it is time to hand the batch over.
+    pub fn is_full(&self) -> bool {
+        self.size() >= BATCH_BYTES
     }
 
     fn texts(&self) -> impl Iterator<Item = &str> {
@@ -75,7 +80,7 @@ impl Feed<'_> {
 
     /// Queues `batch` if there is room within `patience`; else gives it back. Once the work is
     /// stopped, batches vanish.
-    pub fn push(&self, batch: Batch, patience: Duration) -> Result<(), Batch> {
+    pub fn offer(&self, batch: Batch, patience: Duration) -> Result<(), Batch> {
         let full = |queue: &mut Queue| queue.batches.len() >= self.capacity && queue.working > 0;
         let guard = self.lock();
         let (mut queue, timeout) = self
@@ -88,6 +93,14 @@ impl Feed<'_> {
         queue.batches.push_back(batch);
         self.changed.notify_all();
         Ok(())
+    }
+
+    /// Queues `batch`, waiting for room.
+    pub fn push(&self, batch: Batch) {
+        let mut waiting = Some(batch);
+        while let Some(batch) = waiting {
+            waiting = self.offer(batch, Duration::from_secs(1)).err();
+        }
     }
 
     /// Says that no more batches come, and waits up to `patience` for the workers. True when

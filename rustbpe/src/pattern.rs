@@ -53,12 +53,10 @@ impl Default for Pattern {
 impl Pattern {
     /// Compiles `source`; the GPT-4 family (digit groups of 1 to N) gets the scanner.
     pub fn new(source: &str) -> Result<Pattern, PatternError> {
-        let engine = if source.is_empty() {
-            Engine::Empty
-        } else if let Some(max_digits) = gpt4_digits(source) {
-            Engine::Scanner(Scanner::new(max_digits))
-        } else {
-            Engine::Regex(compile(source)?)
+        let engine = match gpt4_digits(source) {
+            _ if source.is_empty() => Engine::Empty,
+            Some(max_digits) => Engine::Scanner(Scanner::new(max_digits)),
+            None => Engine::Regex(compile(source)?),
         };
         Ok(Pattern {
             source: source.to_owned(),
@@ -91,6 +89,28 @@ impl Pattern {
             Engine::Scanner(scanner) => scanner.cut(text.as_bytes(), from),
             Engine::Empty | Engine::Regex(_) => None,
         }
+    }
+
+    /// The last such place.
+    pub fn last_cut(&self, text: &str) -> Option<usize> {
+        match &self.engine {
+            Engine::Scanner(scanner) => scanner.last_cut(text.as_bytes()),
+            Engine::Empty | Engine::Regex(_) => None,
+        }
+    }
+
+    /// `text` in parts of about `size` bytes, cut as [`Pattern::cut`] does. At least one part.
+    pub fn parts<'a>(&'a self, text: &'a str, size: usize) -> impl Iterator<Item = &'a str> {
+        let mut rest = Some(text);
+        std::iter::from_fn(move || {
+            let text = rest?;
+            let Some(end) = self.cut(text, size) else {
+                return rest.take();
+            };
+            let (part, after) = text.split_at(end);
+            rest = Some(after);
+            Some(part)
+        })
     }
 
     /// Calls `visit(start, end)` for every non-empty piece of `text`, in order.

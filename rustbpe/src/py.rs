@@ -5,7 +5,9 @@
 //! * A tokenizer changes only when training succeeds, in one step; other threads may encode
 //!   with it meanwhile.
 
+use std::io;
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -15,13 +17,15 @@ use std::time::Duration;
 use pyo3::exceptions::{PyUnicodeDecodeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyByteArray, PyBytes, PyIterator, PyString};
+use pyo3::types::{PyByteArray, PyBytes, PyDict, PyIterator, PyString};
 
 use crate::batch::Encoded;
 use crate::control::Control;
 use crate::count::{BATCH_BYTES, Batch, Feed, count_words};
 use crate::encode::Encoder;
+use crate::file;
 use crate::pattern::{GPT4, Pattern, PatternError};
+use crate::source::{Amount, Files, SourceError};
 use crate::train::{NUM_BYTES, Pair, TrainError, train};
 use crate::vocab::{Vocab, VocabError};
 use crate::words::WordCounts;
@@ -39,6 +43,16 @@ macro_rules! value_error {
 }
 
 value_error!(PatternError, TrainError, VocabError);
+
+impl From<SourceError> for PyErr {
+    fn from(error: SourceError) -> PyErr {
+        match &error {
+            // Of the kind's own class: FileNotFoundError, PermissionError, …
+            SourceError::Io(_, io) => io::Error::new(io.kind(), error.to_string()).into(),
+            _ => PyValueError::new_err(error.to_string()),
+        }
+    }
+}
 
 /// Who is told how far the work is: `callback(phase, done, total)`.
 struct Watch<'a, 'py> {
@@ -174,9 +188,74 @@ impl Tokenizer {
             callback: progress,
         };
         let words = count_words(&pattern, threads, &control, |feed| {
-            feed_from_iterator(&watch, feed, texts, buffer_size)
+            feed_from_iterator(&watch, feed, &pattern, texts, buffer_size)
         })?;
         self.learn(&watch, pattern, words, vocab_size)
+    }
+
+    /// Learns a vocabulary from parquet and text files. Gives how much was read.
+    #[pyo3(signature = (
+        paths, vocab_size, *, pattern=None, column="text", max_chars=None, doc_cap_chars=None,
+        num_threads=None, progress=None
+    ))]
+    #[allow(clippy::too_many_arguments)] // The signature that Python sees.
+    fn train_from_files<'py>(
+        &self,
+        py: Python<'py>,
+        paths: Vec<PathBuf>,
+        vocab_size: u32,
+        pattern: Option<&str>,
+        column: &str,
+        max_chars: Option<u64>,
+        doc_cap_chars: Option<u64>,
+        num_threads: Option<usize>,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        check_vocab_size(vocab_size)?;
+        let threads = check_threads(num_threads)?;
+        let pattern = Pattern::new(pattern.unwrap_or(GPT4))?;
+        let files = Files {
+            paths,
+            column: column.to_owned(),
+            max_chars,
+            doc_cap_chars,
+        };
+        let control = Control::default();
+        let watch = Watch {
+            py,
+            control: &control,
+            callback: progress,
+        };
+        let mut amount = Amount::default();
+        let words = watch.run("count", None, || {
+            count_words(&pattern, threads, &control, |feed| {
+                amount = files.feed(&pattern, feed)?;
+                Ok::<(), SourceError>(())
+            })
+        })??;
+        self.learn(&watch, pattern, words, vocab_size)?;
+        let read = PyDict::new(py);
+        read.set_item("documents", amount.documents)?;
+        read.set_item("chars", amount.chars)?;
+        read.set_item("bytes", amount.bytes)?;
+        Ok(read)
+    }
+
+    /// Writes pattern and merges as one file, atomically.
+    fn save(&self, path: PathBuf) -> PyResult<()> {
+        let encoder = self.encoder();
+        Ok(file::save(
+            &path,
+            encoder.pattern().source(),
+            encoder.vocab().merges(),
+        )?)
+    }
+
+    /// The tokenizer that `save` wrote.
+    #[staticmethod]
+    fn load(path: PathBuf) -> PyResult<Tokenizer> {
+        let (pattern, merges) = file::load(&path)?;
+        Tokenizer::from_merges(merges, &pattern)
     }
 
     /// The split pattern; empty before training.
@@ -296,6 +375,7 @@ fn check_threads(asked: Option<usize>) -> PyResult<usize> {
 fn feed_from_iterator(
     watch: &Watch,
     feed: &Feed,
+    pattern: &Pattern,
     texts: Bound<'_, PyIterator>,
     buffer_size: usize,
 ) -> PyResult<()> {
@@ -304,10 +384,13 @@ fn feed_from_iterator(
         let text = text?.cast_into::<PyString>()?;
         // A fresh object: asking the str for its UTF-8 would leave a copy inside it for good.
         let utf8 = text.encode_utf8()?;
-        batch.push(std::str::from_utf8(utf8.as_bytes()).expect("UTF-8 was asked for"));
-        let full = batch.size() >= BATCH_BYTES || batch.len() >= buffer_size;
-        if full && hand_over(watch, feed, std::mem::take(&mut batch))?.is_break() {
-            return Ok(());
+        let utf8 = std::str::from_utf8(utf8.as_bytes()).expect("UTF-8 was asked for");
+        for part in pattern.parts(utf8, BATCH_BYTES) {
+            batch.push(part);
+            let full = batch.is_full() || batch.len() >= buffer_size;
+            if full && hand_over(watch, feed, std::mem::take(&mut batch))?.is_break() {
+                return Ok(());
+            }
         }
     }
     if hand_over(watch, feed, batch)?.is_continue() {
@@ -320,7 +403,7 @@ fn feed_from_iterator(
 
 fn hand_over(watch: &Watch, feed: &Feed, mut batch: Batch) -> PyResult<ControlFlow<()>> {
     loop {
-        let pushed = watch.py.detach(|| feed.push(batch, WAKE));
+        let pushed = watch.py.detach(|| feed.offer(batch, WAKE));
         watch.look("count", None)?;
         if feed.is_stopped() {
             return Ok(ControlFlow::Break(()));
@@ -354,8 +437,8 @@ fn encode_watched(
 fn ids_array<'py>(py: Python<'py>, encoded: &Encoded) -> PyResult<Bound<'py, PyAny>> {
     let bytes = PyByteArray::new_with(py, encoded.len() * 4, |buffer| {
         let ids = encoded.runs.iter().flatten();
-        for (cell, id) in buffer.as_chunks_mut::<4>().0.iter_mut().zip(ids) {
-            *cell = id.to_ne_bytes();
+        for (cell, id) in buffer.chunks_exact_mut(4).zip(ids) {
+            cell.copy_from_slice(&id.to_ne_bytes());
         }
         Ok(())
     })?;
@@ -364,13 +447,8 @@ fn ids_array<'py>(py: Python<'py>, encoded: &Encoded) -> PyResult<Bound<'py, PyA
 
 fn offsets_array<'py>(py: Python<'py>, encoded: &Encoded) -> PyResult<Bound<'py, PyAny>> {
     let bytes = PyByteArray::new_with(py, encoded.offsets.len() * 8, |buffer| {
-        for (cell, offset) in buffer
-            .as_chunks_mut::<8>()
-            .0
-            .iter_mut()
-            .zip(&encoded.offsets)
-        {
-            *cell = (*offset as i64).to_ne_bytes();
+        for (cell, offset) in buffer.chunks_exact_mut(8).zip(&encoded.offsets) {
+            cell.copy_from_slice(&(*offset as i64).to_ne_bytes());
         }
         Ok(())
     })?;

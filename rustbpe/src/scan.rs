@@ -54,12 +54,14 @@ impl Scanner {
     /// is no letter. Every piece with a letter ends there at the latest, and no piece looks
     /// further back than its start: the text can be cut there.
     pub fn cut(&self, text: &[u8], from: usize) -> Option<usize> {
-        let rest = text.get(from.max(1) - 1..)?;
-        let cut = rest.windows(2).position(|two| {
-            let next = ASCII[two[1] as usize];
-            ASCII[two[0] as usize] == LETTER && next != LETTER && next != MULTIBYTE
-        })?;
-        Some(from.max(1) + cut)
+        let before = from.max(1) - 1;
+        let cut = text.get(before..)?.windows(2).position(is_cut)?;
+        Some(before + cut + 1)
+    }
+
+    /// The last such place.
+    pub fn last_cut(&self, text: &[u8]) -> Option<usize> {
+        Some(text.windows(2).rposition(is_cut)? + 1)
     }
 
     /// Class of the character at `at`, and where the next one starts.
@@ -128,10 +130,10 @@ impl Scanner {
         if after == text.len() {
             return after;
         }
-        if text[start] == b'\''
-            && let Some(end) = contraction(text, after)
-        {
-            return end;
+        if text[start] == b'\'' {
+            if let Some(end) = contraction(text, after) {
+                return end;
+            }
         }
         match self.class_at(text, after) {
             (LETTER, second) => self.letters(text, second),
@@ -177,6 +179,12 @@ impl Scanner {
     }
 }
 
+/// Whether a text can be cut between these two bytes of it.
+fn is_cut(two: &[u8]) -> bool {
+    let next = ASCII[two[1] as usize];
+    ASCII[two[0] as usize] == LETTER && next != LETTER && next != MULTIBYTE
+}
+
 /// End of `(?i:[sdmt]|ll|ve|re)` at `at`, which is not the end of the text.
 /// U+017F (long s) folds to s.
 fn contraction(text: &[u8], at: usize) -> Option<usize> {
@@ -200,5 +208,116 @@ fn decode(text: &[u8], at: usize) -> (u32, usize) {
             u32::from(lead & 0x07) << 18 | low(1) << 12 | low(2) << 6 | low(3),
             at + 4,
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::pattern::{GPT4, Pattern};
+
+    /// One of each kind of character that the pattern tells apart, in ASCII and beyond.
+    const KINDS: [char; 21] = [
+        'a', 'S', 'l', 'v', 'E', '7', ' ', '\t', '\n', '\r', '\'', '!', 'é', '\u{17f}', '中', '½',
+        '\u{301}', '\u{3000}', '\u{85}', '😀', '\u{200b}',
+    ];
+
+    fn pieces(pattern: &Pattern, text: &str) -> Vec<(usize, usize)> {
+        let mut pieces = Vec::new();
+        pattern
+            .for_each_piece(text, |start, end| pieces.push((start, end)))
+            .expect("splits");
+        pieces
+    }
+
+    fn both(max_digits: usize) -> (Pattern, Pattern) {
+        let source = GPT4.replace("{1,3}", &format!("{{1,{max_digits}}}"));
+        let scanner = Pattern::new(&source).expect("a known pattern");
+        assert!(scanner.is_scanned());
+        (scanner, Pattern::regex(&source).expect("compiles"))
+    }
+
+    /// Steps of a linear congruential generator (Knuth's MMIX).
+    fn random(state: &mut u64, below: usize) -> usize {
+        *state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (*state >> 33) as usize % below
+    }
+
+    #[test]
+    fn equal_to_the_regex_on_every_short_text() {
+        let (scanner, regex) = both(2);
+        let mut texts = vec![String::new()];
+        for _ in 0..3 {
+            let longer = |text: &String| KINDS.map(|c| format!("{text}{c}"));
+            texts = texts.iter().flat_map(longer).collect();
+            for text in &texts {
+                assert_eq!(pieces(&scanner, text), pieces(&regex, text), "{text:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn equal_to_the_regex_on_random_texts() {
+        let mut state = 1;
+        for max_digits in 1..=3 {
+            let (scanner, regex) = both(max_digits);
+            for _ in 0..10_000 {
+                let len = 1 + random(&mut state, 40);
+                let kinds = 1 + random(&mut state, KINDS.len());
+                let text: String = (0..len).map(|_| KINDS[random(&mut state, kinds)]).collect();
+                assert_eq!(pieces(&scanner, &text), pieces(&regex, &text), "{text:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn equal_to_the_regex_after_an_apostrophe_for_every_character() {
+        let (scanner, regex) = both(3);
+        for c in (0..=u32::from(char::MAX)).filter_map(char::from_u32) {
+            let text = format!("x'{c}y");
+            if c.is_alphabetic() || (c as u32) % 64 == 0 {
+                assert_eq!(pieces(&scanner, &text), pieces(&regex, &text), "{text:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn parts_have_the_pieces_of_the_whole() {
+        let (scanner, _) = both(2);
+        let mut state = 7;
+        for _ in 0..2_000 {
+            let text: String = (0..60)
+                .map(|_| KINDS[random(&mut state, KINDS.len())])
+                .collect();
+            let size = 1 + random(&mut state, 20);
+            let mut joined = Vec::new();
+            let mut before = 0;
+            for part in scanner.parts(&text, size) {
+                let shifted = pieces(&scanner, part).into_iter();
+                joined.extend(shifted.map(|(start, end)| (before + start, before + end)));
+                before += part.len();
+            }
+            assert_eq!(
+                joined,
+                pieces(&scanner, &text),
+                "{text:?} in parts of {size}"
+            );
+        }
+    }
+
+    #[test]
+    fn other_patterns_are_left_to_the_regex() {
+        for source in [
+            r"\w+",
+            r"\p{N}{1,3}",
+            &GPT4.replace("{1,3}", "{1,12}"),
+            &GPT4[1..],
+        ] {
+            assert!(
+                !Pattern::new(source).expect("compiles").is_scanned(),
+                "{source}"
+            );
+        }
     }
 }

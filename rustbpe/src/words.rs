@@ -70,9 +70,11 @@ fn fold(a: u64, b: u64) -> u64 {
 pub fn hash_bytes(word: &[u8]) -> u64 {
     let [a, b] = *SEEDS;
     let mut state = word.len() as u64 ^ a;
-    let (blocks, rest) = word.as_chunks::<8>();
+    let blocks = word.chunks_exact(8);
+    let rest = blocks.remainder();
     for block in blocks {
-        state = fold(state ^ u64::from_le_bytes(*block), b);
+        let block = u64::from_le_bytes(block.try_into().expect("8 bytes"));
+        state = fold(state ^ block, b);
     }
     let mut last = [0u8; 8];
     last[..rest.len()].copy_from_slice(rest);
