@@ -113,6 +113,9 @@ class GPT(nn.Module):
     for the activations of the blocks (activation checkpointing).
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config

@@ -258,7 +258,7 @@ class ReplicatedMuon:
     def update(self, lr: float, momentum: float, num_steps: Tensor) -> None:
         direction = orthogonalize(_nesterov(self.gradient, self.momentum, momentum))
         del self.gradient
-        own = [self.params[i] for i in self.own]
+        own: list[Tensor] = [self.params[i] for i in self.own]
         if own:
             torch._foreach_mul_(own, 1 - lr * self.weight_decay)
             step = -lr * _shape_factor(own[0])
@@ -266,7 +266,7 @@ class ReplicatedMuon:
         if self.dist.world_size > 1:
             mine = torch.stack(own) if own else self.momentum
             whole = self.dist.all_gather(_pad_rows(mine, self.per_rank))
-            torch._foreach_copy_(self.params, list(whole[: len(self.params)]))
+            torch._foreach_copy_(list[Tensor](self.params), list(whole[: len(self.params)]))
 
     def state(self) -> dict[str, Tensor]:
         return {
@@ -285,15 +285,15 @@ class ShardedAdamW:
         self.name, self.params, self.lr = name, [param], lr
         self.exp_avg = torch.zeros_like(param.data)
         self.exp_avg_sq = torch.zeros_like(param.data)
-        self.gradient = self.exp_avg.to_local()
+        self.gradient = _local(self.exp_avg)
 
     def reduce(self) -> list[Tensor]:
-        self.gradient = _take_gradient(self.params[0]).to_local()
+        self.gradient = _local(_take_gradient(self.params[0]))
         return [self.gradient]
 
     def update(self, lr: float, momentum: float, num_steps: Tensor) -> None:
-        moments = self.exp_avg.to_local(), self.exp_avg_sq.to_local()
-        _adamw(self.params[0].to_local(), self.gradient, *moments, num_steps, lr)
+        moments = _local(self.exp_avg), _local(self.exp_avg_sq)
+        _adamw(_local(self.params[0]), self.gradient, *moments, num_steps, lr)
         del self.gradient
 
     def state(self) -> dict[str, Tensor]:
@@ -312,13 +312,13 @@ class ShardedMuon:
         self.gradient: list[Tensor] = []
 
     def reduce(self) -> list[Tensor]:
-        self.gradient = [_take_gradient(p).to_local() for p in self.params]
+        self.gradient = [_local(_take_gradient(p)) for p in self.params]
         return self.gradient
 
     def update(self, lr: float, momentum: float, num_steps: Tensor) -> None:
-        local = [p.to_local() for p in self.params]
+        local = [_local(p) for p in self.params]
         updates = [
-            _nesterov(g, m.to_local(), momentum)
+            _nesterov(g, _local(m), momentum)
             for g, m in zip(self.gradient, self.momentum, strict=True)
         ]
         self.gradient = []
@@ -386,6 +386,12 @@ def _adamw(
         eps=ADAM_EPS,
         maximize=False,
     )
+
+
+def _local(sharded: Tensor) -> Tensor:
+    """This rank's rows of a DTensor, not a copy."""
+    assert isinstance(sharded, DTensor)
+    return sharded.to_local()
 
 
 def _take_gradient(param: nn.Parameter) -> Tensor:
