@@ -7,6 +7,7 @@ evaluation goes on where it was.
 
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -81,7 +82,7 @@ def _answer(
     )
     for marked in batches:
         for m in marked:
-            append_jsonl(results, {"prompt": _prompt(task, m.index), **vars(m)})
+            append_jsonl(results, {"prompt": _prompt(task, m.index), **asdict(m)})
         if dist.is_main:
             run.write_progress(STAGE, "evaluate", step=marked[-1].index, message=task.name)
         if run.stop_file.exists():
