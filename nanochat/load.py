@@ -1,20 +1,23 @@
-"""A trained model to talk to or to score: weights of a stage and the run's tokenizer.
+"""A trained model to talk to or to score: of a run's stage, or of an exported folder.
 
 Works while the run goes on: it takes the newest complete checkpoint.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 import torch
 
+from nanochat import hf
 from nanochat.gpt import GPT
-from nanochat.rundir import RunDir, newest_stage
+from nanochat.rundir import RunDir, find_run, newest_stage
 from nanochat.scaling import gpt_config
 from nanochat.spec import WEIGHT_STAGES, SpecError
 from nanochat.tokenizer import TokenizerLike, load_tokenizer
 from nanochat.weights import load_weights
 
+Which = Literal["latest", "best"]
 STAGE_OF = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
 """The short names of `chat -i`."""
 
@@ -28,16 +31,36 @@ class Loaded:
     model: GPT
     tokenizer: TokenizerLike
     stage: str
-    step: int
-    extra: dict[str, Any]
-    """As the stage gave it to its checkpoint."""
+    step: int | None
+    """None for a folder that does not say."""
+
+
+def open_trained(
+    name: str,
+    stage: str | None = None,
+    *,
+    which: Which = "latest",
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+) -> Loaded:
+    """A run, by folder or by name, or a folder that `export` or another program wrote for Hugging
+    Face transformers. Raises SpecError, RunDirError, CheckpointError."""
+    if not hf.is_folder(Path(name)):
+        return load_trained(find_run(name), stage, which=which, device=device, dtype=dtype)
+    if stage is not None or which != "latest":
+        raise SpecError(f"{name} is an exported model; it has no stages and checkpoints to choose")
+    model, tokenizer = hf.read_folder(Path(name))
+    origin = hf.read_origin(Path(name))
+    stage = origin.get("stage", "chat_sft")
+    model_id = f"{origin.get('run', Path(name).resolve().name)}-{_short(stage)}"
+    return Loaded(model_id, _place(model, device, dtype), tokenizer, stage, origin.get("step"))
 
 
 def load_trained(
     run: RunDir,
     stage: str | None = None,
     *,
-    which: Literal["latest", "best"] = "latest",
+    which: Which = "latest",
     device: str = "auto",
     dtype: torch.dtype | None = None,
 ) -> Loaded:
@@ -52,15 +75,24 @@ def load_trained(
         raise SpecError(f"{run.path} has no tokenizer yet; its stage tok_train has not finished")
     tokenizer = load_tokenizer(run.tokenizer_dir)
     weights, extra = load_weights(run.checkpoints_dir(stage), which)
+    model = GPT(gpt_config(spec.model))
+    model.load_state_dict(weights)
+    step = extra["position"]["step"]
+    model_id = f"{spec.name}-{_short(stage)}"
+    return Loaded(model_id, _place(model, device, dtype), tokenizer, stage, step)
+
+
+def _place(model: GPT, device: str, dtype: torch.dtype | None) -> GPT:
+    """The model for inference on a device; dtype: by default bf16 on CUDA, fp32 elsewhere."""
     place = torch.device(pick_device() if device == "auto" else device)
     if dtype is None:
         dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-    model = GPT(gpt_config(spec.model))
-    model.load_state_dict(weights)
-    model.to(device=place, dtype=dtype).eval().requires_grad_(False)
-    short = next(name for name, full in STAGE_OF.items() if full == stage)
-    step = extra["position"]["step"]
-    return Loaded(f"{spec.name}-{short}", model, tokenizer, stage, step, extra)
+    hf.cast_weights(model, dtype)
+    return model.to(place).eval().requires_grad_(False)
+
+
+def _short(stage: str) -> str:
+    return next(short for short, name in STAGE_OF.items() if name == stage)
 
 
 def pick_device() -> str:

@@ -14,9 +14,9 @@ from pathlib import Path
 from nanochat.chat.session import Session, Settings
 from nanochat.checkpoint import CheckpointError
 from nanochat.engine import Engine
-from nanochat.load import STAGE_OF, load_trained
+from nanochat.load import STAGE_OF, open_trained
 from nanochat.offline import install_guard
-from nanochat.rundir import EXIT_DONE, EXIT_SPEC, RunDirError, find_run, nanochat_home
+from nanochat.rundir import EXIT_DONE, EXIT_SPEC, RunDirError, nanochat_home
 from nanochat.spec import SpecError
 
 HELP = """\
@@ -32,7 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nanochat chat", description="Talk to a trained model in the terminal."
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="the run, by folder or by name")
+    parser.add_argument(
+        "run_dir", metavar="RUN_DIR", help="a run, by folder or name, or an exported folder"
+    )
     parser.add_argument(
         "-i",
         dest="stage",
@@ -80,8 +82,8 @@ def open_session(args: argparse.Namespace) -> Session:
     temperature = args.temperature
     if temperature is None:
         temperature = 0.0 if args.prompt is not None else Settings.temperature
-    loaded = load_trained(
-        find_run(args.run_dir),
+    loaded = open_trained(
+        args.run_dir,
         args.stage,
         which="best" if args.best else "latest",
         device=args.device,

@@ -18,9 +18,9 @@ import uvicorn
 
 from nanochat.chat.server import Limits, Server
 from nanochat.checkpoint import CheckpointError
-from nanochat.load import STAGE_OF, load_trained
+from nanochat.load import STAGE_OF, open_trained
 from nanochat.offline import install_guard
-from nanochat.rundir import EXIT_DONE, EXIT_SPEC, RunDirError, find_run
+from nanochat.rundir import EXIT_DONE, EXIT_SPEC, RunDirError
 from nanochat.spec import SpecError
 
 
@@ -29,7 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
         prog="nanochat serve",
         description="Serve a trained model: a web page and an OpenAI-compatible API.",
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="the run, by folder or by name")
+    parser.add_argument(
+        "run_dir", metavar="RUN_DIR", help="a run, by folder or name, or an exported folder"
+    )
     parser.add_argument("-i", dest="stage", choices=STAGE_OF, help="whose weights; the newest")
     parser.add_argument("--best", action="store_true", help="best validation instead of newest")
     parser.add_argument(
@@ -90,8 +92,8 @@ def make_server(args: argparse.Namespace) -> Server:
     for name in ("max_batch", "max_tokens", "max_body_kib"):
         if getattr(args, name) < 1:
             raise SpecError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
-    loaded = load_trained(
-        find_run(args.run_dir),
+    loaded = open_trained(
+        args.run_dir,
         args.stage,
         which="best" if args.best else "latest",
         device=args.device,
