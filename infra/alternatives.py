@@ -1,5 +1,6 @@
 """Runs near a plan that warns or is refused: another offer, a smaller model, another config."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,10 +46,9 @@ def _shipped(plan: "Plan", make_plan: MakePlan) -> list[dict[str, Any]]:
     """The largest shipped run of another model that this budget pays for."""
     most = plan.spec.budget.max_usd or plan.usd or None
     for name in SENSIBLE:
-        path = CONFIGS / f"{name}.toml"
-        if name == plan.spec.name or not path.exists():
+        if name == plan.spec.name or not (CONFIGS / f"{name}.toml").exists():
             continue
-        other = make_plan(load_spec(path), look_further=False)
+        other = make_plan(_load(name), look_further=False)
         if other.verdict == "refused" or other.n_params >= plan.n_params:
             continue
         if most is None or other.usd <= most:
@@ -56,6 +56,11 @@ def _shipped(plan: "Plan", make_plan: MakePlan) -> list[dict[str, Any]]:
             why = f"{other.n_params / 1e9:.2g} B parameters at {ratio:.0f} tokens each"
             return [_entry(f"configs/{name}.toml", other, f"{why} on {other.offer.name}")]
     return []
+
+
+@functools.cache
+def _load(name: str) -> RunSpec:
+    return load_spec(CONFIGS / f"{name}.toml")
 
 
 def _smaller(plan: "Plan", make_plan: MakePlan) -> list[dict[str, Any]]:
@@ -73,14 +78,15 @@ def _smaller(plan: "Plan", make_plan: MakePlan) -> list[dict[str, Any]]:
 
 
 def _other_offers(spec: RunSpec, offer: Offer, make_plan: MakePlan) -> list[dict[str, Any]]:
-    """The same spec where it works, the cheapest first."""
+    """The same spec on more or fewer of these GPUs, or as many others; the cheapest first."""
     if spec.budget.usd_per_hour is not None:
         return []
-    plans = [
-        other
-        for name, candidate in OFFERS.items()
-        if name != offer.name and (other := _try(spec, candidate, make_plan)) is not None
+    near = [
+        candidate
+        for candidate in OFFERS.values()
+        if (candidate.gpu == offer.gpu) != (candidate.count == offer.count)
     ]
+    plans = [p for candidate in near if (p := _try(spec, candidate, make_plan)) is not None]
     plans.sort(key=lambda p: p.usd)
     return [
         _entry(f'{spec.name} offer="{p.offer.name}"', p, f"the same run on {p.offer.name}")

@@ -12,7 +12,7 @@ from infra.hardware import GIB, Offer, cores_here
 from infra.memory import Layout
 from infra.throughput import decode_s, forward_s
 from nanochat.scaling import GPTConfig, checkpoint_bytes
-from nanochat.spec import WEIGHT_STAGES, Data, RunSpec
+from nanochat.spec import WEIGHT_STAGES, Data, RunSpec, TrainStage
 
 BOOT_S = 600.0
 """Rented machine until our code runs: cold boot and image pull, 6 to 10 minutes (union.ai)."""
@@ -85,6 +85,14 @@ def data_tokens(spec: RunSpec) -> float | None:
     return (1 - data.val_fraction) * chars / per_token
 
 
+def validation_tokens(spec: RunSpec, stage: TrainStage) -> float:
+    """Tokens of one look at the validation loss: no more than the validation split has."""
+    tokens = data_tokens(spec)
+    if tokens is None or spec.data.source == "fineweb_edu":
+        return stage.eval_tokens
+    return min(stage.eval_tokens, tokens * spec.data.val_fraction / (1 - spec.data.val_fraction))
+
+
 def fetch_bytes(spec: RunSpec) -> float:
     """Bytes that the network brings for the stages that are switched on."""
     total = 0.0
@@ -113,6 +121,8 @@ def other_stages(spec: RunSpec, c: GPTConfig, layout: Layout, offer: Offer) -> l
         cores = cores_here() if offer.cpu else 16
         seconds = 5.0 + chars / TOKENIZER_CHARS_PER_S / min(cores, 8)
         add("tok_train", seconds, f"{chars / 1e6:.0f} M characters")
+    if spec.chat_rl is not None:
+        add("chat_rl", chat_rl_s(spec, c, layout, offer), f"{spec.chat_rl.num_steps} steps")
     if spec.evaluate is not None:
         add("evaluate", evaluate_s(spec, c, layout, offer), f"{len(spec.evaluate.tasks)} tasks")
     if spec.report is not None:
@@ -137,6 +147,18 @@ def evaluate_s(spec: RunSpec, c: GPTConfig, layout: Layout, offer: Offer) -> flo
     prompts_s = forward_s(c, layout, offer, examples * PROMPT_TOKENS)
     batches = math.ceil(examples / settings.batch_size / layout.world_size)
     return START_S + prompts_s + batches * settings.max_tokens * decode_s(c, offer)
+
+
+def chat_rl_s(spec: RunSpec, c: GPTConfig, layout: Layout, offer: Offer) -> float:
+    """Rollouts of every prompt at a time, then one step on all their tokens."""
+    settings = spec.chat_rl
+    if settings is None:
+        return 0.0
+    rollouts = settings.prompts_per_step * settings.samples_per_prompt
+    prompts = math.ceil(settings.prompts_per_step / layout.world_size)
+    generate_s = prompts * settings.max_tokens * decode_s(c, offer)
+    learn_s = 3 * forward_s(c, layout, offer, rollouts * (settings.max_tokens + PROMPT_TOKENS))
+    return START_S + settings.num_steps * (generate_s + learn_s)
 
 
 @dataclass(frozen=True)

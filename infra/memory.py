@@ -1,28 +1,65 @@
 """Memory of a training step by term, per device, counted from the model's own tensors.
 
-Parameters, gradients and optimizer state are exact. Activations are the tensors that the backward
-pass reads, counted operation by operation; `plan --rehearse` holds the count against the real model
-with fake tensors. Nothing here is fitted to a run but the two allowances at the top.
+* Parameters, gradients and optimizer state are exact. Activations are the tensors that the backward
+  pass reads, counted operation by operation; `plan --rehearse` holds the count against the real
+  model with fake tensors.
+* The total is that of the start of the backward pass, when all activations are there.
+* What is counted stands in a `Code`, so that the published figures of other training codes can be
+  held against the same arithmetic (tests/golden).
 """
 
+import functools
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 
 from infra.hardware import GIB, Offer
 from nanochat.scaling import GPTConfig, num_params, num_params_per_layer
 
-FRAGMENTATION = 0.04
+FRAGMENTATION = 0.03
 """Share of the tensors' bytes that the caching allocator cannot use (blocks of other sizes)."""
-CONTEXT_BYTES = {False: 1.2 * GIB, True: 0.7 * GIB}
+CONTEXT_BYTES = {False: 1.2 * GIB, True: 0.5 * GIB}
 """CUDA context, library workspaces and NCCL buffers on a GPU; the interpreter and torch on a CPU.
 Keys: whether it is a CPU."""
 USABLE_SHARE = {False: 0.97, True: 0.80}
 """Share of a device's memory that a plan may fill; a CPU's is shared with all else that runs."""
 
-STACK_BYTES = 4 * 2**25
-"""optim.STACK_NUMEL in float32: matrices whose Newton-Schulz runs at a time."""
+STACK_NUMEL = 2**25
+"""optim.STACK_NUMEL: elements whose Newton-Schulz runs at a time."""
 CHUNK_BYTES = {False: 2**30, True: 2**24}
 """loss.CHUNK_BYTES: logits that are held at a time. Keys: whether it is a CPU."""
+EAGER_CHUNKS = 5
+"""Eager mode holds two float32 copies of a chunk of bf16 logits beside it; compiled, none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Code:
+    """What a training code keeps and moves: counted in its source, not fitted."""
+
+    kept_d: int = 15
+    """Tensors [token, n_embd] in the compute dtype that a block keeps: x and its norm, q in the
+    joint product, normed q, the attention's output, x and its norm before the MLP, and the MLP's
+    product and its square at four widths each."""
+    kept_kv: int = 3
+    """Tensors as wide as the keys: k and v in the joint product, normed k."""
+    kept_float_d: int = 1
+    """Tensors [token, n_embd] in float32: rotated q."""
+    kept_float_kv: int = 1
+    """Tensors as wide as the keys in float32: rotated k."""
+    holds_logits: bool = False
+    """Whether all logits of a forward pass are there at a time."""
+    stale_bytes_per_matrix_param: float = 0.0
+    """Buffers of the last step's collectives that are still there, per matrix parameter."""
+    stale_bytes_per_param: float = 0.0
+    passes_compiled: int = 52
+    """Reads and writes of a [token, n_embd] tensor per block, forward and backward, outside of
+    matrix products and attention, when pointwise work is fused."""
+    passes_eager: int = 170
+    """The same without fusion."""
+    uses_muon: bool = True
+
+
+OURS = Code()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +73,7 @@ class Layout:
     itemsize: int
     """Bytes of an activation: 2 in bf16, 4 in fp32."""
     cpu: bool = False
+    code: Code = OURS
 
     @property
     def sharding(self) -> str:
@@ -56,14 +94,8 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return (
-            self.params
-            + self.grads
-            + self.optimizer
-            + self.activations
-            + self.logits
-            + self.overhead
-        )
+        state = self.params + self.grads + self.optimizer
+        return state + self.activations + self.logits + self.overhead
 
     @property
     def fits(self) -> bool:
@@ -77,73 +109,99 @@ class Memory:
 
 def step_memory(c: GPTConfig, layout: Layout, rows: int, offer: Offer) -> Memory:
     """Largest memory of a step with `rows` rows per device and forward pass."""
-    parts = layout.world_size if layout.fsdp else 1
     tokens = rows * c.seq_len
-    kept = c.n_layer * layer_activations(c, layout)
-    if layout.recompute:
-        kept = c.n_layer * c.n_embd * layout.itemsize + layer_activations(c, layout)
-    ends = 3 * c.n_embd * layout.itemsize + 8  # embedded x, its norm, the final norm; token ids
-    activations = tokens * (kept + ends) + weight_casts(c, layout)
-    logits = min(CHUNK_BYTES[layout.cpu], tokens * c.vocab_size * layout.itemsize)
-    logits += c.vocab_size * c.n_embd * (4 + layout.itemsize) + tokens * c.n_embd * layout.itemsize
+    weights = float(4 * held_params(c, layout))
     before = Memory(
-        params=4 * num_params(c) / parts,
-        grads=4 * num_params(c) / parts,
-        optimizer=optimizer_bytes(c, layout),
-        activations=activations,
-        logits=logits,
+        params=weights,
+        grads=weights,
+        optimizer=float(optimizer_bytes(c, layout)),
+        activations=activation_bytes(c, layout, tokens),
+        logits=logit_bytes(c, layout, tokens),
         overhead=0.0,
         available=offer.memory_gib * GIB * USABLE_SHARE[offer.cpu],
     )
-    return replace(before, overhead=CONTEXT_BYTES[layout.cpu] + FRAGMENTATION * before.total)
+    matrices = c.n_layer * num_params_per_layer(c)
+    stale = layout.code.stale_bytes_per_matrix_param * matrices
+    stale += layout.code.stale_bytes_per_param * num_params(c)
+    loose = CONTEXT_BYTES[layout.cpu] + FRAGMENTATION * before.total
+    return replace(before, overhead=loose + weight_casts(c, layout) + stale)
 
 
-def layer_activations(c: GPTConfig, layout: Layout) -> float:
-    """Bytes per token that the backward pass of one block reads.
+@functools.lru_cache(maxsize=1024)
+def matrix_shapes(c: GPTConfig) -> Counter[tuple[int, int]]:
+    """Shape -> number of the matrices of all blocks (rows are outputs)."""
+    d, kv = c.n_embd, c.n_kv_head * c.head_dim
+    per_layer = [(d, d), (kv, d), (kv, d), (d, d), (4 * d, d), (d, 4 * d)]
+    return Counter({shape: c.n_layer * n for shape, n in Counter(per_layer).items()})
 
-    Eager: x, its norm, q k v as one tensor, rotated q and k in fp32, both normed, the attention's
-    output and log-sum-exp, x and its norm before the MLP, relu and its square. Compiled, whatever
-    is a pointwise function of a kept tensor is computed again: x twice, q k v, normed q and k, the
-    attention's output, and the MLP's first product.
+
+@functools.lru_cache(maxsize=1024)
+def held_params(c: GPTConfig, layout: Layout) -> int:
+    """Parameters on the first device: all, or its slice of each matrix (FSDP2 cuts rows)."""
+    if not layout.fsdp:
+        return num_params(c)
+    parts = layout.world_size
+    matrices = sum(n * math.ceil(r / parts) * k for (r, k), n in matrix_shapes(c).items())
+    return matrices + 2 * math.ceil(c.vocab_size / parts) * c.n_embd
+
+
+@functools.lru_cache(maxsize=1024)
+def optimizer_bytes(c: GPTConfig, layout: Layout) -> int:
+    """State on the first device: Muon's momentum of the matrices, AdamW's two moments of the ends.
+
+    Replicated, a device has the state of whole matrices and of rows; sharded, of its slices.
     """
-    d, s = c.n_embd, layout.itemsize
-    kv = c.n_kv_head * c.head_dim
-    statistics = 4 * (c.n_head + 2 + c.n_head + c.n_kv_head)
-    if layout.compiled:
-        return s * (2 * d + (d + 2 * kv) + (d + kv) + d + 4 * d) + statistics
-    rotated = 4 * (d + kv)
-    return s * (2 * d + (d + 2 * kv) + (d + kv) + d + 2 * d + 8 * d) + rotated + statistics
+    parts = layout.world_size
+    ends = 8 * 2 * math.ceil(c.vocab_size / parts) * c.n_embd
+    if layout.fsdp:
+        matrices = sum(n * math.ceil(r / parts) * k for (r, k), n in matrix_shapes(c).items())
+        return ends + 4 * matrices
+    owned = 0
+    for (rows, cols), n in matrix_shapes(c).items():
+        group = parts * max(1, STACK_NUMEL // (rows * cols * parts))
+        full, rest = divmod(n, group)
+        owned += (full * group // parts + math.ceil(rest / parts)) * rows * cols
+    return ends + 4 * owned
+
+
+def activation_bytes(c: GPTConfig, layout: Layout, tokens: int) -> float:
+    """Bytes that the backward pass reads: of all blocks, or of one and every block's input."""
+    block = layer_activations(c, layout)
+    kept = c.n_layer * block
+    if layout.recompute:
+        kept = c.n_layer * c.n_embd * layout.itemsize + block
+    # the embedding in float32, the last x and its norm, token ids and targets
+    ends = c.n_embd * (4 + 2 * layout.itemsize) + 16
+    return float(tokens * (kept + ends))
+
+
+def layer_activations(c: GPTConfig, layout: Layout) -> int:
+    """Bytes per token that the backward pass of one block reads; see Code."""
+    d, kv, code = c.n_embd, c.n_kv_head * c.head_dim, layout.code
+    wide = layout.itemsize * (code.kept_d * d + code.kept_kv * kv)
+    floats = 4 * (code.kept_float_d * d + code.kept_float_kv * kv)
+    dropped = 2 * d if c.dropout else 0  # a byte of mask per value, two places
+    statistics = 4 * (2 + 2 * c.n_head + c.n_kv_head)  # of the norms and of the attention
+    return wide + floats + dropped + statistics
+
+
+def logit_bytes(c: GPTConfig, layout: Layout, tokens: int) -> float:
+    """Logits at a time, and the gradients of head and features that the loss makes with them."""
+    all_logits = tokens * c.vocab_size * layout.itemsize
+    if layout.code.holds_logits:
+        return float(all_logits)
+    chunks = 1 if layout.compiled else EAGER_CHUNKS
+    chunk = chunks * min(CHUNK_BYTES[layout.cpu], all_logits)
+    weight_itemsize = layout.itemsize if layout.fsdp else 4
+    return float(chunk + c.vocab_size * c.n_embd * weight_itemsize + tokens * c.n_embd * 4)
 
 
 def weight_casts(c: GPTConfig, layout: Layout) -> float:
-    """Bytes of the weights in the compute dtype: of all of them, or of two gathered blocks."""
+    """Bytes of the weights in the compute dtype. Replicated: of all matrices, while they are used.
+    Sharded: of two gathered blocks with the gradients of one, and of embedding and head."""
+    block, ends = num_params_per_layer(c), 2 * c.vocab_size * c.n_embd
     if layout.fsdp:
-        return 2 * layout.itemsize * num_params_per_layer(c)
+        return float(block * (3 * layout.itemsize + 4) + ends * (2 * layout.itemsize + 4))
     if layout.itemsize == 4:
         return 0.0
-    return layout.itemsize * c.n_layer * num_params_per_layer(c)
-
-
-def optimizer_bytes(c: GPTConfig, layout: Layout) -> float:
-    """State on one device: Muon's momentum for the matrices, AdamW's two moments for the ends.
-
-    Sharded over the ranks in both layouts: by whole matrices and rows, or by slices.
-    """
-    matrices = c.n_layer * num_params_per_layer(c)
-    return (4 * matrices + 8 * 2 * c.vocab_size * c.n_embd) / layout.world_size
-
-
-def largest_batch(
-    c: GPTConfig, layout: Layout, offer: Offer, candidates: list[int]
-) -> tuple[int, Memory] | None:
-    """The largest of some device batches (rows) that fits, with its memory; None: none does."""
-    for rows in sorted(candidates, reverse=True):
-        memory = step_memory(c, layout, rows, offer)
-        if memory.fits:
-            return rows, memory
-    return None
-
-
-def checkpoint_copies(bytes_each: float, run_s: float, every_s: float) -> int:
-    """Checkpoints that a stage of `run_s` seconds writes: by the clock, and one at its end."""
-    return math.floor(run_s / every_s) + 1 if bytes_each else 0
+    return float(layout.itemsize * (c.n_layer * block + c.vocab_size * c.n_embd))

@@ -3,12 +3,11 @@
 Pure arithmetic on the numbers of scaling.resolve; plan.json of a run is its result, frozen.
 """
 
-import dataclasses
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from infra import alternatives, plan_table
+from infra import alternatives, plan_table, verdict
 from infra.estimates import (
     COMPILE_S,
     START_S,
@@ -17,39 +16,22 @@ from infra.estimates import (
     data_tokens,
     forecast_checkpoints,
     other_stages,
+    validation_tokens,
 )
-from infra.hardware import (
-    VOLUME_USD_PER_GB_MONTH,
-    Offer,
-    cpu_offer,
-    parse_offer,
-    priced,
-    world_size,
-)
-from infra.memory import Layout, Memory, step_memory
-from infra.throughput import forward_s, step_time
+from infra.hardware import VOLUME_USD_PER_GB_MONTH, Offer, cpu_offer, parse_offer, priced
+from infra.layout import choose_layout, make_layout, num_ranks, stage_step_s
+from infra.memory import Layout, Memory
+from infra.throughput import forward_s
 from nanochat.scaling import (
     GPTConfig,
     StageNumbers,
-    divisors,
     flops_per_token,
     gpt_config,
     num_params,
     num_params_matmul,
-    resolve_stage,
 )
 from nanochat.spec import TRAIN_STAGES, RunSpec, SpecError, TrainStage
 
-COMPUTE_OPTIMAL = 20.0
-"""Tokens per parameter (Hoffmann et al. 2022)."""
-FEW_TOKENS = 5.0
-MANY_EPOCHS = 4.0
-"""Passes after which repeated text teaches clearly less (Muennighoff et al. 2023)."""
-TIGHT = 0.85
-"""Share of a budget above which a plan warns: the time model is good to about ten percent."""
-CPU_SLACK = 5.0
-"""How far over its budget a plan on a CPU must be to be refused: its speed depends on what else
-runs, and the run itself stops at the budget with everything saved."""
 HOURS_PER_MONTH = 730.0
 
 
@@ -97,11 +79,14 @@ class Plan:
     usd: float
     storage_usd: float
     data_tokens: float | None
-    verdict: str
+    """One pass over the base data; None where the text is not on this machine."""
+    free_gib: float | None
+    """Free space where the checkpoints go; None where that is another machine."""
+    verdict: str = "ok"
     """ok | warn | refused"""
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    alternatives: tuple[dict[str, Any], ...] = field(default=())
+    alternatives: tuple[dict[str, Any], ...] = ()
 
     @property
     def n_params(self) -> int:
@@ -153,84 +138,181 @@ class Plan:
         return plan_table.render(self.to_json(), self.spec)
 
 
-def make_plan(spec: RunSpec, offer: Offer | None = None, *, look_further: bool = True) -> Plan:
-    """Plan a run on an offer (unset: the spec's). Never raises for a run that cannot work: it is
-    refused with the reason; `look_further` also looks for runs that could.
+def make_plan(
+    spec: RunSpec,
+    offer: Offer | None = None,
+    *,
+    free_gib: float | None = None,
+    look_further: bool = True,
+) -> Plan:
+    """Plan a run on an offer (unset: the spec's).
 
-    Raises SpecError for an offer or a shape that there is not.
+    free_gib: free space where the checkpoints will go, where that is known. A run that cannot work
+    is no error but refused, with the reason; `look_further` then looks for runs that can.
+    Raises SpecError for an offer or a model shape that there is not.
     """
     offer = machine_of(spec, offer or parse_offer(spec.offer))
     config = gpt_config(spec.model)
     try:
-        plan = _plan(spec, offer, config)
+        plan = _judged(_priced(_Sketch(spec, offer, config), free_gib))
     except SpecError as e:
         plan = _refused(spec, offer, config, str(e))
     if look_further and plan.verdict != "ok":
-        found = alternatives.find(plan, make_plan)
-        plan = dataclasses.replace(plan, alternatives=tuple(found))
+        plan = replace(plan, alternatives=tuple(alternatives.find(plan, make_plan)))
     return plan
 
 
 def machine_of(spec: RunSpec, offer: Offer) -> Offer:
-    """The offer at the spec's price; its CPU, where the spec trains there."""
+    """The offer at the spec's price; its CPU where the spec trains there, shared by the ranks."""
     offer = priced(offer, spec.budget.usd_per_hour)
     if spec.runtime.device == "cpu" and not offer.cpu:
-        cpu = cpu_offer()
-        return replace(
-            cpu,
+        offer = replace(
+            cpu_offer(),
             name=offer.name,
             usd_per_hour=offer.usd_per_hour,
             price_source=offer.price_source,
         )
-    return offer
-
-
-def _plan(spec: RunSpec, offer: Offer, c: GPTConfig) -> Plan:
-    layout, chosen = _choose_layout(spec, offer, c)
-    others = other_stages(spec, c, layout, offer)
-    available = data_tokens(spec)
-    budget_s = _budget_s(spec, offer)
-    taken_s = 3600 * sum(o.hours for o in others)
-    save_s = forecast_checkpoints(spec, c, layout, offer, [0.0]).stall_s
-    stages: list[StagePlan] = []
-    open_numbers: list[tuple[StageNumbers, Memory]] = []
-    for numbers, memory in chosen:
-        if numbers.num_steps is None:
-            open_numbers.append((numbers, memory))
-            continue
-        stage = _stage_plan(spec, offer, c, layout, numbers, memory, available, save_s)
-        stages.append(stage)
-        taken_s += 3600 * stage.hours
-    for numbers, memory in open_numbers:
-        left_s = (budget_s or 0.0) - taken_s
-        numbers = replace(numbers, num_steps=_steps_within(spec, offer, c, layout, numbers, left_s))
-        stages.append(_stage_plan(spec, offer, c, layout, numbers, memory, available, save_s))
-    stages.sort(key=lambda s: TRAIN_STAGES.index(s.stage))
-    hours = sum(o.hours for o in others) + sum(s.hours for s in stages)
-    checkpoints = forecast_checkpoints(spec, c, layout, offer, [s.hours for s in stages])
-    storage_usd = 0.0
-    if not offer.cpu and offer.usd_per_hour > 0:
-        months = hours / HOURS_PER_MONTH
-        storage_usd = checkpoints.kept / 1e9 * VOLUME_USD_PER_GB_MONTH * months
-    plan = Plan(
-        spec=spec,
-        offer=offer,
-        config=c,
-        layout=layout,
-        stages=tuple(stages),
-        others=tuple(others),
-        checkpoints=checkpoints,
-        hours=hours,
-        usd=hours * offer.usd_per_hour + storage_usd,
-        storage_usd=storage_usd,
-        data_tokens=available,
-        verdict="ok",
+    ranks = num_ranks(spec, offer)
+    if not offer.cpu or ranks == 1:
+        return offer
+    return replace(
+        offer,
+        memory_gib=offer.memory_gib / ranks,
+        peak_flops=offer.peak_flops / ranks,
+        matmul_flops=offer.matmul_flops / ranks,
+        attention_flops=offer.attention_flops / ranks,
+        memory_bytes_per_s=offer.memory_bytes_per_s / ranks,
     )
-    return _judged(plan)
+
+
+class _Sketch:
+    """A spec on an offer in its chosen layout: what all stages of one plan share.
+
+    Raises SpecError where a batch cannot be cut as asked.
+    """
+
+    def __init__(self, spec: RunSpec, offer: Offer, config: GPTConfig) -> None:
+        self.spec, self.offer, self.config = spec, offer, config
+        self.layout, self.fitted = choose_layout(spec, offer, config)
+        self.others = other_stages(spec, config, self.layout, offer)
+        self.data_tokens = data_tokens(spec)
+        self.stall_s = forecast_checkpoints(spec, config, self.layout, offer, [0.0]).stall_s
+
+    def stages(self) -> list[StagePlan]:
+        """All training stages; one whose horizon is the budget gets what the others leave."""
+        stages = [self.stage(n, m) for n, m in self.fitted if n.num_steps is not None]
+        for numbers, memory in self.fitted:
+            if numbers.num_steps is None:
+                taken_h = sum(o.hours for o in self.others) + sum(s.hours for s in stages)
+                num_steps = self.steps_within(numbers, self.budget_s() - 3600 * taken_h)
+                stages.append(self.stage(replace(numbers, num_steps=num_steps), memory))
+        return sorted(stages, key=lambda s: TRAIN_STAGES.index(s.stage))
+
+    def budget_s(self) -> float:
+        """Seconds that the budget allows on this offer."""
+        budget, bounds = self.spec.budget, [math.inf]
+        if budget.max_hours is not None:
+            bounds.append(3600 * budget.max_hours)
+        if budget.max_usd is not None and self.offer.usd_per_hour > 0:
+            bounds.append(3600 * budget.max_usd / (self.offer.usd_per_hour + self.storage_usd_h()))
+        return min(bounds)
+
+    def storage_usd_h(self) -> float:
+        """Price of the volume for the checkpoints, while the run goes on."""
+        if self.offer.cpu or self.offer.usd_per_hour == 0:
+            return 0.0
+        hours = [0.0 for _ in self.fitted]
+        kept = forecast_checkpoints(self.spec, self.config, self.layout, self.offer, hours).kept
+        return kept / 1e9 * VOLUME_USD_PER_GB_MONTH / HOURS_PER_MONTH
+
+    def stage_s(self, numbers: StageNumbers, num_steps: int) -> float:
+        """Seconds of a stage: start, compile, steps, looks at the validation loss, saves."""
+        stage: TrainStage = getattr(self.spec, numbers.stage)
+        c, layout, offer = self.config, self.layout, self.offer
+        looks = math.ceil(num_steps / stage.eval_every_steps) + 1
+        eval_s = looks * forward_s(c, layout, offer, validation_tokens(self.spec, stage))
+        train_s = num_steps * stage_step_s(c, layout, offer, numbers) + eval_s
+        saves = train_s / self.spec.budget.checkpoint_every_s + looks
+        start_s = START_S + (COMPILE_S[offer.cpu] if layout.compiled else 0.0)
+        return start_s + train_s + saves * self.stall_s
+
+    def steps_within(self, numbers: StageNumbers, left_s: float) -> int:
+        """Most steps of a stage that fit into so many seconds, at least one (by bisection)."""
+        if math.isinf(left_s):
+            raise SpecError(
+                f'{numbers.stage}.horizon = "budget" on {self.offer.name}, which costs nothing: '
+                "give budget.max_hours"
+            )
+        low, high = 1, 2
+        while self.stage_s(numbers, high) <= left_s:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.stage_s(numbers, middle) <= left_s else (low, middle)
+        return low
+
+    def stage(self, numbers: StageNumbers, memory: Memory) -> StagePlan:
+        """The plan of one training stage whose steps are known."""
+        assert numbers.num_steps is not None and numbers.num_tokens is not None
+        c, offer = self.config, self.offer
+        tokens_per_s = numbers.total_batch_size / stage_step_s(c, self.layout, offer, numbers)
+        hours = self.stage_s(numbers, numbers.num_steps) / 3600
+        stage = getattr(self.spec, numbers.stage)
+        epochs = getattr(stage, "num_epochs", None)
+        if numbers.stage == "base_train" and self.data_tokens:
+            epochs = numbers.num_tokens / self.data_tokens
+        return StagePlan(
+            stage=numbers.stage,
+            num_steps=numbers.num_steps,
+            total_batch_size=numbers.total_batch_size,
+            device_batch_size=numbers.device_batch_size,
+            grad_accum_steps=numbers.grad_accum_steps,
+            seq_len=numbers.seq_len,
+            num_tokens=numbers.num_tokens,
+            tokens_per_param=numbers.num_tokens / num_params(c),
+            epochs=epochs,
+            flops=float(flops_per_token(c) * numbers.num_tokens),
+            tokens_per_s=tokens_per_s,
+            mfu=tokens_per_s * flops_per_token(c) / (offer.peak_flops * self.layout.world_size),
+            hours=hours,
+            usd=hours * offer.usd_per_hour,
+            memory=memory,
+        )
+
+
+def _priced(sketch: _Sketch, free_gib: float | None) -> Plan:
+    """The whole run: hours, dollars and bytes over all stages."""
+    stages = sketch.stages()
+    hours = sum(o.hours for o in sketch.others) + sum(s.hours for s in stages)
+    storage_usd = hours * sketch.storage_usd_h()
+    return Plan(
+        spec=sketch.spec,
+        offer=sketch.offer,
+        config=sketch.config,
+        layout=sketch.layout,
+        stages=tuple(stages),
+        others=tuple(sketch.others),
+        checkpoints=forecast_checkpoints(
+            sketch.spec, sketch.config, sketch.layout, sketch.offer, [s.hours for s in stages]
+        ),
+        hours=hours,
+        usd=hours * sketch.offer.usd_per_hour + storage_usd,
+        storage_usd=storage_usd,
+        data_tokens=sketch.data_tokens,
+        free_gib=free_gib,
+    )
+
+
+def _judged(plan: Plan) -> Plan:
+    """The plan with its verdict, reasons for a refusal, and warnings."""
+    reasons, notes = verdict.refusals(plan), verdict.warnings(plan)
+    word = "refused" if reasons else "warn" if notes else "ok"
+    return replace(plan, verdict=word, reasons=(*reasons, *notes), warnings=tuple(notes))
 
 
 def _refused(spec: RunSpec, offer: Offer, c: GPTConfig, reason: str) -> Plan:
-    layout = _layout(spec, offer, fsdp=False, recompute=False)
+    """A plan without stages, for a spec that cannot be cut into steps on this offer."""
+    layout = make_layout(spec, offer)
     return Plan(
         spec=spec,
         offer=offer,
@@ -243,251 +325,7 @@ def _refused(spec: RunSpec, offer: Offer, c: GPTConfig, reason: str) -> Plan:
         usd=0.0,
         storage_usd=0.0,
         data_tokens=None,
+        free_gib=None,
         verdict="refused",
         reasons=(reason,),
     )
-
-
-# -- layout and device batch
-
-
-def _layout(spec: RunSpec, offer: Offer, *, fsdp: bool, recompute: bool) -> Layout:
-    bf16 = spec.runtime.dtype == "bf16" or (spec.runtime.dtype == "auto" and not offer.cpu)
-    return Layout(
-        world_size=spec.runtime.num_ranks or world_size(offer),
-        fsdp=fsdp,
-        recompute=recompute,
-        compiled=spec.runtime.compile,
-        itemsize=2 if bf16 else 4,
-        cpu=offer.cpu,
-    )
-
-
-def _choose_layout(
-    spec: RunSpec, offer: Offer, c: GPTConfig
-) -> tuple[Layout, list[tuple[StageNumbers, Memory]]]:
-    """The fastest layout in which every training stage fits, with the largest device batches.
-
-    Where none fits, the leanest one, so that its memory can be shown. Raises SpecError where a
-    batch cannot be cut as asked.
-    """
-    names = [name for name in TRAIN_STAGES if getattr(spec, name) is not None]
-    best: tuple[float, Layout, list[tuple[StageNumbers, Memory]]] | None = None
-    for layout in _layouts(spec, offer):
-        chosen = [_fit_stage(spec, offer, c, layout, name) for name in names]
-        token_s = sum(
-            step_time(c, layout, offer, n.device_batch_size, n.grad_accum_steps).total_s
-            / n.total_batch_size
-            for n, _ in chosen
-        )
-        cost = (0.0 if all(m.fits for _, m in chosen) else math.inf) or token_s
-        if best is None or cost < best[0] or (math.isinf(cost) and math.isinf(best[0])):
-            best = (cost, layout, chosen)
-    assert best is not None
-    return best[1], best[2]
-
-
-def _layouts(spec: RunSpec, offer: Offer) -> list[Layout]:
-    """Candidates, the roomiest first."""
-    wanted = spec.runtime.sharding
-    alone = (spec.runtime.num_ranks or world_size(offer)) == 1
-    kinds = [False, True] if wanted == "auto" else [wanted == "fsdp"]
-    if alone and wanted == "auto":
-        kinds = [False]
-    return [
-        _layout(spec, offer, fsdp=fsdp, recompute=recompute)
-        for fsdp in kinds
-        for recompute in (False, True)
-    ]
-
-
-def _fit_stage(
-    spec: RunSpec, offer: Offer, c: GPTConfig, layout: Layout, name: str
-) -> tuple[StageNumbers, Memory]:
-    """Numbers with the largest device batch that fits; with one row where none does."""
-    stage: TrainStage = getattr(spec, name)
-    first = resolve_stage(spec, name, layout.world_size)
-    sizes = [first.device_batch_size]
-    if stage.device_batch_size == "auto":
-        rows_per_rank = first.rows_per_step // layout.world_size
-        most = first.device_batch_size if offer.cpu else rows_per_rank
-        sizes = [d for d in divisors(rows_per_rank) if d <= most]
-    for rows in sorted(sizes, reverse=True):
-        memory = step_memory(c, layout, rows, offer)
-        if memory.fits:
-            break
-    return resolve_stage(spec, name, layout.world_size, rows), memory
-
-
-# -- time and money
-
-
-def _budget_s(spec: RunSpec, offer: Offer) -> float | None:
-    """Seconds that the budget allows on this offer; None where nothing bounds the run."""
-    bounds = []
-    if spec.budget.max_hours is not None:
-        bounds.append(3600 * spec.budget.max_hours)
-    if spec.budget.max_usd is not None and offer.usd_per_hour > 0:
-        bounds.append(3600 * spec.budget.max_usd / offer.usd_per_hour)
-    return min(bounds) if bounds else None
-
-
-def _seconds(
-    spec: RunSpec,
-    offer: Offer,
-    c: GPTConfig,
-    layout: Layout,
-    numbers: StageNumbers,
-    num_steps: int,
-    save_s: float,
-) -> tuple[float, float]:
-    """(seconds of one step, seconds of the stage) with start, compile, evaluation and saves."""
-    stage: TrainStage = getattr(spec, numbers.stage)
-    step_s = step_time(
-        c, layout, offer, numbers.device_batch_size, numbers.grad_accum_steps
-    ).total_s
-    looks = math.ceil(num_steps / stage.eval_every_steps) + 1
-    eval_s = looks * forward_s(c, layout, offer, _eval_tokens(spec, stage))
-    start_s = START_S + (COMPILE_S[offer.cpu] if layout.compiled else 0.0)
-    train_s = num_steps * step_s + eval_s
-    saves = train_s / spec.budget.checkpoint_every_s + looks
-    return step_s, start_s + train_s + saves * save_s
-
-
-def _eval_tokens(spec: RunSpec, stage: TrainStage) -> float:
-    """Validation tokens of one look: no more than the validation split has."""
-    tokens = data_tokens(spec)
-    if tokens is None or spec.data.source == "fineweb_edu":
-        return stage.eval_tokens
-    held_out = tokens * spec.data.val_fraction / (1 - spec.data.val_fraction)
-    return min(stage.eval_tokens, held_out)
-
-
-def _steps_within(
-    spec: RunSpec,
-    offer: Offer,
-    c: GPTConfig,
-    layout: Layout,
-    numbers: StageNumbers,
-    left_s: float,
-) -> int:
-    """Most steps of a stage that fit in so many seconds, at least one (by bisection)."""
-    save_s = forecast_checkpoints(spec, c, layout, offer, [0.0]).stall_s
-    low, high = 1, 2
-    while _seconds(spec, offer, c, layout, numbers, high, save_s)[1] <= left_s:
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = _seconds(spec, offer, c, layout, numbers, middle, save_s)[1] <= left_s
-        low, high = (middle, high) if fits else (low, middle)
-    return low
-
-
-def _stage_plan(
-    spec: RunSpec,
-    offer: Offer,
-    c: GPTConfig,
-    layout: Layout,
-    numbers: StageNumbers,
-    memory: Memory,
-    available: float | None,
-    save_s: float,
-) -> StagePlan:
-    assert numbers.num_steps is not None and numbers.num_tokens is not None
-    step_s, stage_s = _seconds(spec, offer, c, layout, numbers, numbers.num_steps, save_s)
-    tokens_per_s = numbers.total_batch_size / step_s
-    per_token = flops_per_token(c)
-    stage = getattr(spec, numbers.stage)
-    if numbers.stage == "base_train":
-        epochs = numbers.num_tokens / available if available else None
-    else:
-        epochs = float(stage.num_epochs) if stage.num_epochs else None
-    return StagePlan(
-        stage=numbers.stage,
-        num_steps=numbers.num_steps,
-        total_batch_size=numbers.total_batch_size,
-        device_batch_size=numbers.device_batch_size,
-        grad_accum_steps=numbers.grad_accum_steps,
-        seq_len=numbers.seq_len,
-        num_tokens=numbers.num_tokens,
-        tokens_per_param=numbers.num_tokens / num_params(c),
-        epochs=epochs,
-        flops=float(per_token * numbers.num_tokens),
-        tokens_per_s=tokens_per_s,
-        mfu=tokens_per_s * per_token / (offer.peak_flops * layout.world_size),
-        hours=stage_s / 3600,
-        usd=stage_s / 3600 * offer.usd_per_hour,
-        memory=memory,
-    )
-
-
-# -- verdict
-
-
-def _judged(plan: Plan) -> Plan:
-    """The plan with its verdict, reasons for a refusal, and warnings."""
-    reasons = [*_does_not_fit(plan), *_over_budget(plan)]
-    warnings = _warnings(plan)
-    verdict = "refused" if reasons else "warn" if warnings else "ok"
-    return replace(plan, verdict=verdict, reasons=(*reasons, *warnings), warnings=tuple(warnings))
-
-
-def _does_not_fit(plan: Plan) -> list[str]:
-    return [
-        f"{s.stage} does not fit: {s.memory.total / 2**30:.1f} GiB per device at "
-        f"{s.device_batch_size} rows ({plan.layout.sharding}"
-        f"{', recomputed' if plan.layout.recompute else ''}), {plan.offer.name} has "
-        f"{s.memory.available / 2**30:.1f} GiB to use"
-        for s in plan.stages
-        if not s.memory.fits
-    ]
-
-
-def _over_budget(plan: Plan) -> list[str]:
-    budget, found = plan.spec.budget, []
-    slack = CPU_SLACK if plan.offer.cpu else 1.0001
-    if budget.max_usd is not None and plan.usd > budget.max_usd * slack:
-        found.append(
-            f"costs more than the budget: about ${plan.usd:,.2f}, budget.max_usd is "
-            f"${budget.max_usd:,.2f}"
-        )
-    if budget.max_hours is not None and plan.hours > budget.max_hours * slack:
-        found.append(
-            f"cannot finish: about {plan.hours:.1f} h, budget.max_hours is {budget.max_hours:g}"
-        )
-    return found
-
-
-def _warnings(plan: Plan) -> list[str]:
-    found = []
-    base = next((s for s in plan.stages if s.stage == "base_train"), None)
-    budget = plan.spec.budget
-    is_horizon = base is not None and getattr(plan.spec.base_train, "horizon", None) == "budget"
-    if base is not None and not plan.offer.cpu and base.tokens_per_param < FEW_TOKENS:
-        found.append(
-            f"{base.tokens_per_param:.2f} tokens per parameter; {COMPUTE_OPTIMAL:.0f} is "
-            "compute-optimal: a smaller model would be better for the same money"
-        )
-    if base is not None and base.epochs is not None and base.epochs > MANY_EPOCHS:
-        found.append(
-            f"{base.epochs:.0f} passes over {plan.data_tokens or 0:.2g} tokens: overfitting is "
-            "likely after about 4; keep early stopping, dropout and weight decay on, or bring more "
-            "text"
-        )
-    if base is not None and plan.data_tokens is None:
-        found.append(
-            f"data.path = {plan.spec.data.path!r} is not on this machine, so the passes over it "
-            f"are unknown; {base.num_tokens / MANY_EPOCHS:.2g} tokens would make four"
-        )
-    for name, used, most in (
-        ("max_usd", plan.usd, budget.max_usd),
-        ("max_hours", plan.hours, budget.max_hours),
-    ):
-        if most is not None and not is_horizon and used > TIGHT * most:
-            found.append(f"tight: about {used:.3g} of budget.{name} = {most:g}")
-    if plan.stop["expect"] != "fresh checkpoint" and not plan.offer.cpu:
-        found.append(
-            f"a stop leaves the last complete checkpoint: a save takes about "
-            f"{plan.stop['save_s']:.0f} s, stop_grace_s is {plan.spec.stop_grace_s:g}"
-        )
-    return found

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infra import hardware, needs
+from infra import hardware
 from infra.hardware import GIB
 from nanochat.rundir import EXIT_DONE, EXIT_SPEC, EXIT_UNFIT_NODE, RunDir, nanochat_home
 from nanochat.spec import RunSpec
+from nanochat.touches import missing_files, roots_text
 
 if TYPE_CHECKING:
     from infra.planner import Plan
@@ -254,16 +255,16 @@ def _existing(path: Path) -> Path:
 
 def _data(spec: RunSpec, run_dir: RunDir) -> list[Fact]:
     facts = []
-    for stage, paths in needs.missing_files(spec).items():
+    for stage, paths in missing_files(spec).items():
         if run_dir.is_done(stage) and run_dir.is_done("base_train"):
             continue
         shown = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-        places = f"below {nanochat_home() / 'data'}"
+        places = f"(looked in {roots_text()})"
         if Path(paths[0]).is_absolute():
             fix, places = "put the file there, or set data.path", ""
         else:
             fix = "bring it on a machine with network: nanochat fetch @CONFIG"
-        text = f"{stage} needs {shown}, which is not there {places}".rstrip()
+        text = f"{stage} needs {shown}: not there, or not whole {places}".rstrip()
         facts.append(Fact("data", text, "bad", fix, EXIT_SPEC))
     return facts or [Fact("data", "all that the stages read is here", "ok")]
 
