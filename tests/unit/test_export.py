@@ -70,10 +70,7 @@ def test_transformers_says_the_same(ours: Loaded, theirs: NanoChatForCausalLM) -
         prompt = render_for_completion(ours.tokenizer, {"messages": messages})
         said = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0]
         expected = engine.generate([prompt], max_tokens=40)[0]
-        assert said.tolist()[len(prompt) :] == [
-            *expected,
-            ours.tokenizer.special_id("assistant_end"),
-        ]
+        assert said.tolist()[len(prompt) :] == [*expected, end]
 
 
 @pytest.mark.parametrize("text", TEXTS)
