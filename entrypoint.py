@@ -65,6 +65,10 @@ def build_parser() -> Parser:
     p = verbs.add_parser("compare", parents=[as_json], help="runs side by side")
     p.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
 
+    p = verbs.add_parser("fetch", parents=[spec, as_json], help="bring the data of a spec")
+    p.add_argument("--to", metavar="DIR", help="data folder (default: NANOCHAT_HOME/data)")
+    p.add_argument("--check", action="store_true", help="compare with the locks, no network")
+
     p = verbs.add_parser("doctor", parents=[as_json], help="this machine, and what it lacks")
     p.add_argument("config", nargs="?", metavar="@CONFIG", help="check for this spec")
     p.add_argument("overrides", nargs="*", metavar="section.field=value")

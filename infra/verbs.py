@@ -43,6 +43,7 @@ def run_verb(args: argparse.Namespace) -> int:
         "stop": stop,
         "report": report,
         "compare": compare,
+        "fetch": fetch,
         "doctor": doctor,
         "chat": chat,
     }
@@ -171,6 +172,21 @@ def compare(args: argparse.Namespace) -> int:
     paths = [str(find_run(r).path) for r in args.run_dirs]
     command = [sys.executable, "-m", "nanochat.compare", *paths]
     return subprocess.call(command + (["--json"] if args.json else []), cwd=APP_DIR)
+
+
+def fetch(args: argparse.Namespace) -> int:
+    """Bring what the spec's stages read, or check it without a network."""
+    from infra import fetch as fetching
+    from infra.fetch_progress import progress_here
+
+    spec = _load(args)
+    to = Path(args.to) if args.to else None
+    if args.check:
+        result = fetching.check(spec, to)
+    else:
+        result = fetching.fetch(spec, to, progress=progress_here())
+    _print(args.json, vars(result), lambda _: result.render())
+    return result.exit_code
 
 
 def doctor(args: argparse.Namespace) -> int:

@@ -4,12 +4,12 @@
   does for all of them, and a `data.lock.json` with size and sha256 of each shard.
 * A folder gets its final name only when all of it is written and on disk.
 * `ensure` makes or checks the data (the data_fetch stage); `locate` finds it (every reader).
-  Both look in the image's /opt/nanochat/data first, then in NANOCHAT_HOME/data.
+  Both look in the image's /opt/nanochat/data first, then in NANOCHAT_HOME/data (`roots`).
 * embedded: the standard library's own text, split by file (nanochat/embedded.py).
 * text: one UTF-8 file is cut at line ends into blocks of up to 64 Ki characters. A block is a
   document: order within a block stays as written, blocks are permuted, and evenly spread blocks are
   held out. CRLF becomes LF; nothing else of the file is changed or dropped.
-* fineweb_edu: web shards that somebody has brought; nothing here opens a connection.
+* fineweb_edu: web shards that `fetch` has brought; nothing here opens a connection.
 """
 
 import hashlib
@@ -25,19 +25,25 @@ import pyarrow.parquet as pq
 
 from nanochat.embedded import stdlib_split
 from nanochat.folders import make_folder
-from nanochat.rundir import IMAGE_DATA, atomic_write_json, nanochat_home, read_json
+from nanochat.rundir import atomic_write_json, read_json
 from nanochat.spec import Data, SpecError
+from nanochat.touches import (
+    LOCK_FORMAT,
+    LOCK_NAME,
+    data_roots,
+    fetched_entry,
+    find,
+    fineweb_files,
+    folder_lock,
+    roots_text,
+)
 
-LOCK_NAME = "data.lock.json"
-LOCK_FORMAT = 1
 ROWS_PER_GROUP = 128
 SHARD_CHARS = 64 << 20
 BLOCK_CHARS = 65_536
 MIN_BLOCK_CHARS = 1_024
 
-FINEWEB_FOLDER = "fineweb_edu"
-FINEWEB_LAST_SHARD = 1_822
-"""karpathy/fineweb-edu-100b-shuffle has shards 0 to 1822; the last is the validation split."""
+Roots = tuple[Path, ...]
 
 
 @dataclass(frozen=True)
@@ -59,37 +65,45 @@ class DataFiles:
     val: tuple[DataFile, ...]
 
 
-def ensure(data: Data) -> DataFiles:
+def ensure(data: Data, roots: Roots | None = None) -> DataFiles:
     """Make the data of a spec present and check every byte against its lock.
 
     May be called again and by several processes at a time. Damaged embedded or text data is made
-    again. Raises SpecError where data is missing that only a network can bring, or is not what its
-    lock says.
+    again, in the last of the roots. Raises SpecError where data is missing that only a network can
+    bring, or is not what its lock says.
     """
+    roots = roots or data_roots()
     if data.source == "fineweb_edu":
-        files = locate(data)
-        for file in files.train + files.val:
-            if damage := _damage(file, deep=True):
-                raise SpecError(f"{damage}. Delete it and fetch it again: nanochat fetch @CONFIG")
-        return files
-    name = _folder_name(data)
-    for root in _roots():
+        return verify(data, roots)
+    name = _folder_name(data, roots)
+    for root in roots:
         if _is_whole(root / name):
             return _locked_files(root / name)
-    return _make(data, _roots()[-1] / name)
+    return _make(data, roots[-1] / name)
 
 
-def locate(data: Data) -> DataFiles:
+def verify(data: Data, roots: Roots | None = None) -> DataFiles:
+    """`locate`, and every byte checked against its lock. Raises SpecError."""
+    files = locate(data, roots)
+    remedy = "Delete it and fetch it again: nanochat fetch @CONFIG"
+    for file in files.train + files.val:
+        if damage := _damage(file, deep=True):
+            raise SpecError(f"{damage}. {remedy}")
+    return files
+
+
+def locate(data: Data, roots: Roots | None = None) -> DataFiles:
     """Find the data of a spec; sizes are checked. Raises SpecError that says how to bring it."""
+    roots = roots or data_roots()
     if data.source == "fineweb_edu":
-        return _locate_fineweb(data.num_shards)
-    name = _folder_name(data)
-    for root in _roots():
+        return _locate_fineweb(data.num_shards, roots)
+    name = _folder_name(data, roots)
+    for root in roots:
         if _is_whole(root / name, deep=False):
             return _locked_files(root / name)
     raise SpecError(
         f'the data of source = "{data.source}" is not there, or not whole (looked for {name} in '
-        f"{_roots_text()}); run the stage data_fetch first"
+        f"{roots_text(roots)}); run the stage data_fetch first"
     )
 
 
@@ -104,16 +118,7 @@ def iter_texts(files: Sequence[DataFile]) -> Iterator[str]:
 # -- places
 
 
-def _roots() -> list[Path]:
-    """Folders that hold sources, in the order in which they are looked at; the last is written."""
-    return [IMAGE_DATA, nanochat_home() / "data"]
-
-
-def _roots_text() -> str:
-    return " and ".join(str(root) for root in _roots())
-
-
-def _folder_name(data: Data) -> str:
+def _folder_name(data: Data, roots: Roots) -> str:
     """Folder of a source below a root: the contents follow from the name."""
     held_out = f"val{data.val_fraction:g}"
     if data.source == "embedded":
@@ -121,69 +126,57 @@ def _folder_name(data: Data) -> str:
     assert data.path is not None
     path = Path(data.path)
     if not path.is_file():
-        return _folder_of_vanished_text(data.path, held_out)
+        return _folder_of_vanished_text(data.path, held_out, roots)
     try:
         return f"text/{path.stem}-{_sha256(path)[:12]}-{held_out}"
     except OSError as e:
         raise SpecError(f"data.path = {data.path!r} cannot be read ({e.strerror})") from None
 
 
-def _folder_of_vanished_text(path: str, held_out: str) -> str:
+def _folder_of_vanished_text(path: str, held_out: str, roots: Roots) -> str:
     """The folder that was made from a text file that is not on this machine (any more)."""
-    for root in _roots():
+    for root in roots:
         for lock in sorted(root.glob(f"text/*-{held_out}/{LOCK_NAME}")):
             found = read_json(lock)
             if isinstance(found, dict) and found.get("origin") == path:
                 return str(lock.parent.relative_to(root))
     raise SpecError(
-        f"data.path = {path!r} is no file, and no shards made from it lie in {_roots_text()}; "
+        f"data.path = {path!r} is no file, and no shards made from it lie in "
+        f"{roots_text(roots)}; "
         "give the path of the text file (relative paths start where the command is run)"
     )
 
 
-def _locate_fineweb(num_shards: int) -> DataFiles:
-    if num_shards > FINEWEB_LAST_SHARD:
-        raise SpecError(
-            f"data.num_shards = {num_shards}: fineweb_edu has {FINEWEB_LAST_SHARD} training shards"
-        )
-    wanted = [f"shard_{i:05d}.parquet" for i in (*range(num_shards), FINEWEB_LAST_SHARD)]
-    known: dict[str, DataFile] = {}
-    for root in reversed(_roots()):
-        folder = root / FINEWEB_FOLDER
-        locked = _lock_entries(folder)
-        if not locked and (folder / LOCK_NAME).exists():
-            raise SpecError(f"{folder / LOCK_NAME} is damaged; delete it and fetch again")
-        for name in wanted:
-            path = folder / name
-            if path.is_file():
-                entry = locked.get(name, {})
-                size = entry.get("size", path.stat().st_size)
-                known[name] = DataFile(path, size, entry.get("sha256"))
-    if missing := [name for name in wanted if name not in known]:
+def _locate_fineweb(num_shards: int, roots: Roots) -> DataFiles:
+    train, val = fineweb_files(num_shards)
+    wanted = (*train, val)
+    places = {path: find(path, roots) for path in wanted}
+    if missing := [Path(path).name for path, place in places.items() if place is None]:
         shown = ", ".join(missing[:4]) + (", …" if len(missing) > 4 else "")
         raise SpecError(
             f"{len(missing)} of the {len(wanted)} shards of fineweb_edu are missing ({shown}; "
-            f"looked in {_roots_text()}, folder {FINEWEB_FOLDER}). Bring them on a machine with "
+            f"looked in {roots_text(roots)}, folder fineweb_edu). Bring them on a machine with "
             "network: nanochat fetch @CONFIG"
         )
-    for file in known.values():
-        if damage := _damage(file, deep=False):
+    files = {}
+    for path, place in places.items():
+        assert place is not None
+        if (place.parent / LOCK_NAME).exists() and not folder_lock(place.parent):
+            raise SpecError(f"{place.parent / LOCK_NAME} is damaged; delete it and fetch again")
+        entry = fetched_entry(path, roots) or {}
+        size = entry.get("size", place.stat().st_size)
+        files[path] = DataFile(place, size, entry.get("sha256"))
+        if damage := _damage(files[path], deep=False):
             raise SpecError(f"{damage}. Delete it and fetch it again: nanochat fetch @CONFIG")
-    return DataFiles(tuple(known[name] for name in wanted[:-1]), (known[wanted[-1]],))
+    return DataFiles(tuple(files[path] for path in train), (files[val],))
 
 
 # -- locks
 
 
-def _lock_entries(folder: Path) -> dict[str, Any]:
-    """`files` of a folder's lock: name -> {size, sha256, …}; empty without a readable lock."""
-    lock = read_json(folder / LOCK_NAME)
-    return lock.get("files", {}) if isinstance(lock, dict) else {}
-
-
 def _locked_files(folder: Path) -> DataFiles:
     """The files of a folder as its lock says."""
-    entries = _lock_entries(folder)
+    entries = folder_lock(folder)
     files = {
         split: tuple(
             DataFile(folder / name, entry["size"], entry["sha256"])

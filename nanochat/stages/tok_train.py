@@ -9,17 +9,17 @@ import json
 import textwrap
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 
 from nanochat.corpus import iter_texts, locate
-from nanochat.rundir import IMAGE_DATA, RunDir, nanochat_home
+from nanochat.rundir import RunDir
 from nanochat.spec import SpecError
 from nanochat.stage import run_stage
 from nanochat.tokenizer import CharTokenizer, Tokenizer, TokenizerLike
+from nanochat.touches import VOCABULARIES, find
 
 STAGE = "tok_train"
 SAMPLE_CHARS = 200_000
@@ -85,8 +85,8 @@ def compression_table(
 ) -> list[dict[str, str | int | float]]:
     """One row per kind of text and tokenizer: bytes, tokens, bytes per token."""
     counters: dict[str, Callable[[str], int]] = {"ours": tokenizer.count_tokens}
-    for name, pattern in PUBLISHED.items():
-        if path := _vocabulary_file(name):
+    for path_in_data, (name, pattern) in zip(VOCABULARIES, PUBLISHED.items(), strict=True):
+        if path := find(path_in_data):
             encoding = tiktoken.Encoding(
                 name,
                 pat_str=pattern,
@@ -139,14 +139,6 @@ def _first_chars(files: Any) -> str:
         if room <= 0:
             break
     return "\n".join(taken)
-
-
-def _vocabulary_file(name: str) -> Path | None:
-    for root in (IMAGE_DATA, nanochat_home() / "data"):
-        path = root / "tokenizers" / f"{name}.tiktoken"
-        if path.is_file():
-            return path
-    return None
 
 
 if __name__ == "__main__":

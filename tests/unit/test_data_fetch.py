@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import corpus, embedded
-from nanochat.corpus import FINEWEB_LAST_SHARD, LOCK_NAME, ensure, iter_texts, locate
+from nanochat import corpus, embedded, touches
+from nanochat.corpus import LOCK_NAME, ensure, iter_texts, locate
 from nanochat.embedded import stdlib_split
 from nanochat.folders import make_folder
 from nanochat.rundir import RunDir, atomic_write_json
@@ -20,6 +20,7 @@ from nanochat.sources import ParquetSource, TokenCacheSource, make_source
 from nanochat.spec import Data, Model, RunSpec, SpecError
 from nanochat.stages import data_fetch
 from nanochat.tokencache import open_token_cache
+from nanochat.touches import FINEWEB_LAST_SHARD
 from tests.unit.byte_tokenizer import ByteTokenizer
 
 MODULE = '''"""Says what the module is for, at some length, to be worth a document of its own."""
@@ -48,7 +49,7 @@ def short():
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty NANOCHAT_HOME, an empty image folder, and a small standard library."""
     monkeypatch.setenv("NANOCHAT_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(corpus, "IMAGE_DATA", tmp_path / "image")
+    monkeypatch.setattr(touches, "IMAGE_DATA", tmp_path / "image")
     monkeypatch.setattr(embedded, "MIN_DOCSTRING_CHARS", 60)
     library = tmp_path / "lib"
     (library / "package" / "tests").mkdir(parents=True)
@@ -138,9 +139,9 @@ def test_ensure_makes_once_checks_and_mends(home: Path) -> None:
 
 def test_the_image_is_looked_at_first(home: Path) -> None:
     made = ensure(Data()).train[0].path
-    shutil.move(home / "data", corpus.IMAGE_DATA)
+    shutil.move(home / "data", touches.IMAGE_DATA)
     found = ensure(Data())
-    assert found.train[0].path == corpus.IMAGE_DATA / made.relative_to(home / "data")
+    assert found.train[0].path == touches.IMAGE_DATA / made.relative_to(home / "data")
     assert not (home / "data").exists()
 
 
