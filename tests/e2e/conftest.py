@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.twin.engine import Engine, build_image
+from tests.twin.engine import Engine, build_image, given_image
 
 
 @pytest.fixture(scope="session")
@@ -17,8 +17,9 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def image(engine: Engine) -> str:
-    """Tag of the project's image, built from this checkout; seconds where nothing has changed."""
-    build_image(engine.image)
+    """Tag of the image: a given one, else built from this checkout (seconds where unchanged)."""
+    if given_image() is None:
+        build_image(engine.image)
     return engine.image
 
 

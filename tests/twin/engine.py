@@ -5,6 +5,7 @@ from a user's containers: `docker ps --all --filter label=nanochat.twin`.
 """
 
 import contextlib
+import os
 import subprocess
 import time
 import uuid
@@ -39,8 +40,15 @@ class Ended:
     attrs: dict[str, Any]
 
 
+def given_image() -> str | None:
+    """An image to test as it is, from a registry for one: NANOCHAT_IMAGE."""
+    return os.environ.get("NANOCHAT_IMAGE")
+
+
 def image_tag() -> str:
-    """The tag that stands in the Makefile."""
+    """The given image, else the tag that stands in the Makefile."""
+    if given := given_image():
+        return given
     lines = (ROOT / "Makefile").read_text().splitlines()
     (version,) = (line.split(":=")[1].strip() for line in lines if line.startswith("VERSION "))
     return f"nanochat:{version}"
