@@ -28,6 +28,7 @@ from nanochat.rundir import (
     EXIT_SPEC,
     EXIT_STOPPED,
     EXIT_UNFIT_NODE,
+    OUT_OF_SPACE,
     JobStatus,
     Lease,
     LeaseLost,
@@ -52,6 +53,8 @@ EVALUATION_ALLOWANCE_S = 900.0
 SHORTEST_HANG_S = 120.0
 KILL_MARGIN_S = 0.5
 AFTER_FAILURE_S = 5.0
+CLOCK_MARGIN_S = 0.1
+"""File times are coarser than the clock: some file systems round them down."""
 
 
 class StageStopped(Exception):
@@ -104,6 +107,8 @@ class Supervisor:
         self.stop_deadline_s = 0.0
         self.signals_seen = 0
         self.stop_now = False
+        self.started_s = 0.0
+        self.is_full_told = False
         self._last = {"status": 0.0, "lease": 0.0, "ledger": 0.0}
 
     # -- the run
@@ -119,16 +124,16 @@ class Supervisor:
         restore_signals = self._catch_signals()
         try:
             run.freeze_spec(self.spec)
-            if not run.plan_file.exists():
-                atomic_write_json(run.plan_file, self.plan)
+            run.freeze_plan(self.plan)
             run.clear_stop()
             self._point_to_run()
             self._ledger("start")
             exit_code, message = self._run_stages()
-            self._ledger("stop")
-            self._write_status(_state_of(exit_code), exit_code, message)
-            run.clear_stop()
             self.console.message(message)
+            with contextlib.suppress(OSError):  # a volume that is gone or full has been told of
+                self._ledger("stop")
+                self._write_status(_state_of(exit_code), exit_code, message)
+                run.clear_stop()
             return exit_code
         except LeaseLost as e:
             self.console.message(str(e))
@@ -149,6 +154,11 @@ class Supervisor:
             return EXIT_STOPPED, f"stopped ({self.stop_reason}) with a checkpoint; {resume}"
         except RunEnded as e:
             return e.exit_code, e.message
+        except OSError:
+            trouble = self.run_dir.volume_trouble()
+            if trouble is None:
+                raise
+            return trouble
         return EXIT_DONE, f"done: {self.run_dir.path}"
 
     def _run_stage(self, stage: str) -> None:
@@ -165,6 +175,8 @@ class Supervisor:
             if outcome is not None and outcome.outcome == "done":
                 self.console.stage_end(stage, outcome)
                 return
+            if volume_trouble := self.run_dir.volume_trouble():
+                raise RunEnded(*volume_trouble)
             if outcome is not None and outcome.outcome == "failed":
                 raise _ended_by(outcome, self.run_dir)
             if self.stop_reason is not None:
@@ -172,8 +184,8 @@ class Supervisor:
             if outcome is not None and outcome.outcome == "stopped":
                 self.stop_reason = StopReason.USER
                 raise StageStopped
-            if outcome is not None and outcome.outcome == "refit":
-                self._event(stage, "oom_fit", outcome.message)
+            if outcome is not None and outcome.outcome == "again":
+                self._event(stage, "again", outcome.message)
                 continue
             restarts += 1
             self._event(stage, "restart", f"{trouble}; restart {restarts}")
@@ -190,9 +202,9 @@ class Supervisor:
         env = stage_env(ranks, self.spec.runtime.num_threads)
         command = self.command(stage, self.run_dir.path, ranks)
         self.run_dir.outcome_file(stage).parent.mkdir(exist_ok=True)
-        self.run_dir.progress_file(stage).unlink(missing_ok=True)
+        self.clock.forget_horizon(stage)
         process = StageProcess(command, self.run_dir.log_file(stage), env)
-        started_s = time.time()
+        self.started_s = time.time()
         trouble = ""
         try:
             while process.poll() is None:
@@ -202,7 +214,7 @@ class Supervisor:
                     break
                 if self._is_over(stage):
                     break
-                if self._is_hung(stage, started_s):
+                if self._is_hung(stage):
                     trouble = "gave no sign of life and was ended"
                     process.dump_stacks()
                     time.sleep(KILL_MARGIN_S)
@@ -211,7 +223,7 @@ class Supervisor:
         finally:
             code = process.poll()
             process.kill()
-        outcome = self.run_dir.outcome(stage)
+        outcome = self._outcome(stage)
         if outcome is None or outcome.outcome == "running":
             return None, trouble or f"was killed (exit {code})"
         return outcome, trouble
@@ -221,15 +233,17 @@ class Supervisor:
     def _tick(self, stage: str) -> None:
         """Once per poll: lease, ledger, status, budget and requests to stop."""
         now = time.time()
-        progress = self.run_dir.progress(stage)
+        progress = self._progress(stage)
         self.console.update(stage, progress)
         if self._due("lease", LEASE_EVERY_S, now):
-            self.lease.renew()
+            self._if_there_is_space(self.lease.renew)
         if self._due("ledger", LEDGER_EVERY_S, now):
-            self._ledger("heartbeat")
+            self._if_there_is_space(lambda: self._ledger("heartbeat"))
         if self._due("status", STATUS_EVERY_S, now):
-            self._write_status(JobStatus.RUNNING, None, "", progress)
+            status = (JobStatus.RUNNING, None, "", progress)
+            self._if_there_is_space(lambda: self._write_status(*status))
             self._watch_budget(stage, now)
+            self._replan(stage, now)
         if self.stop_reason is None:
             request = self.run_dir.stop_request()
             if request is not None:
@@ -249,8 +263,31 @@ class Supervisor:
         if left_s <= reserve_s:
             self._request_stop(StopReason.BUDGET, min(left_s, max(reserve_s, 1.0)))
 
+    def _replan(self, stage: str, now: float) -> None:
+        """After the first steps of a stage: note its speed; say so if the budget is too small."""
+        found = self.clock.replan(stage, self._progress(stage), self._left_s(now))
+        if found is None:
+            return
+        speed = found["planned_step_s"] / found["step_s"]
+        told = f"runs at {speed:.2f} times the planned speed"
+        self.run_dir.append_resolved("replan", stage=stage, reason=told, **found)
+        if found["fits"]:
+            return
+        needed_s, left_s = found["needed_s"], found["left_s"]
+        end = f" at about step {found['ends_at_step']}" if found["ends_at_step"] else ""
+        self._event(
+            stage,
+            "warning",
+            f"{told}: the rest needs about {needed_s / 3600:.2f} h "
+            f"(${needed_s / 3600 * self.price.usd_per_hour:.2f}), the budget leaves "
+            f"{left_s / 3600:.2f} h; it will stop{end} with everything saved and reported. To go "
+            "on then, give the same command with a larger budget",
+        )
+
     def _left_s(self, now: float) -> float | None:
-        return budget.time_left_s(self.spec.budget, read_jsonl(self.run_dir.ledger_file), now)
+        lived = self._record("heartbeat", now)  # also where it could not be written
+        records = [*read_jsonl(self.run_dir.ledger_file), lived]
+        return budget.time_left_s(self.spec.budget, records, now)
 
     def _consumed_s(self, stage: str, now: float) -> float:
         """Wall clock that a stage has had, over all restarts."""
@@ -271,16 +308,27 @@ class Supervisor:
 
     def _is_over(self, stage: str) -> bool:
         """Whether a rank has failed and the others, waiting for it, have had time to notice."""
-        outcome = self.run_dir.outcome(stage)
-        if outcome is None or outcome.outcome not in ("failed", "refit"):
+        outcome = self._outcome(stage)
+        if outcome is None or outcome.outcome not in ("failed", "again"):
             return False
-        age_s = time.time() - self.run_dir.outcome_file(stage).stat().st_mtime
-        return age_s > AFTER_FAILURE_S
+        return time.time() - self.run_dir.outcome_file(stage).stat().st_mtime > AFTER_FAILURE_S
 
-    def _is_hung(self, stage: str, started_s: float) -> bool:
+    def _outcome(self, stage: str) -> Outcome | None:
+        """What the present process of a stage has left, not one before it."""
+        outcome = self.run_dir.outcome(stage)
+        if outcome is None:
+            return None
+        written_s = self.run_dir.outcome_file(stage).stat().st_mtime
+        return outcome if written_s >= self.started_s - CLOCK_MARGIN_S else None
+
+    def _is_hung(self, stage: str) -> bool:
+        silence_s = time.time() - max(self.started_s, self.run_dir.last_sign_s(stage) or 0.0)
+        return silence_s > hang_limit_s(self._progress(stage), self.spec.runtime.hang_s)
+
+    def _progress(self, stage: str) -> dict[str, Any]:
+        """What the stage's present process has told; empty before its first word."""
         progress = self.run_dir.progress(stage)
-        silence_s = time.time() - float(progress.get("time", started_s))
-        return silence_s > hang_limit_s(progress, self.spec.runtime.hang_s)
+        return progress if progress.get("time", 0.0) >= self.started_s else {}
 
     def _finish_budget(self) -> None:
         """After a stop by the budget: evaluate what there is in the time left, and report."""
@@ -288,27 +336,44 @@ class Supervisor:
             if getattr(self.spec, stage) is None or self.run_dir.is_done(stage):
                 continue
             left_s = self._left_s(time.time()) or 0.0
-            if stage == "evaluate" and left_s <= self.clock.reserve_s(stage):
+            has_weights = any(self.run_dir.is_done(s) for s in WEIGHT_STAGES)
+            if stage == "evaluate" and not (has_weights and left_s > self.clock.reserve_s(stage)):
                 continue
             self.run_dir.clear_stop()
             self.stage, self.stop_reason = stage, None
             self._run_once(stage)
-            if stage == "report":  # it is written again when the run goes on
-                self.run_dir.outcome_file(stage).unlink(missing_ok=True)
+            # done again, with what is new, when the run goes on
+            self.run_dir.outcome_file(stage).unlink(missing_ok=True)
         self.stop_reason = StopReason.BUDGET
 
     # -- files
 
     def _ledger(self, event: str) -> None:
-        record = {
+        append_jsonl(self.run_dir.ledger_file, self._record(event, time.time()), durable=True)
+
+    def _record(self, event: str, now: float) -> dict[str, Any]:
+        return {
             "event": event,
-            "time": time.time(),
+            "time": now,
             "usd_per_hour": self.price.usd_per_hour,
             "source": self.price.source,
             "host": socket.gethostname(),
             "instance": self.price.instance,
         }
-        append_jsonl(self.run_dir.ledger_file, record, durable=True)
+
+    def _if_there_is_space(self, write: Callable[[], None]) -> None:
+        """Small files wait for space; whether the run can go on is up to the next checkpoint."""
+        try:
+            write()
+        except OSError as e:
+            if e.errno not in OUT_OF_SPACE:
+                raise
+            if not self.is_full_told:
+                self.console.message(
+                    f"the volume of {self.run_dir.path} is full: free space before the next "
+                    "checkpoint, or the run ends with the last complete one"
+                )
+            self.is_full_told = True
 
     def _event(self, stage: str, kind: str, message: str) -> None:
         append_jsonl(
@@ -342,7 +407,7 @@ class Supervisor:
                 "stop_reason": self.stop_reason,
                 "message": message,
                 "heartbeat": now,
-                "progress_time": (progress or {}).get("time"),
+                "progress_time": self.run_dir.last_sign_s(self.stage) if self.stage else None,
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
             }

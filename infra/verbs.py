@@ -25,8 +25,8 @@ from nanochat.rundir import (
     RunDirError,
     StopReason,
     find_run,
+    is_same_machine,
     nanochat_home,
-    read_json,
 )
 from nanochat.spec import RunSpec, SpecError, describe_fields, load_spec
 
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     run_dir = RunDir(args.run_dir or nanochat_home() / "runs" / spec.name)
     offer = hardware.parse_offer(spec.offer)
     made = planner.make_plan(spec, offer)
-    frozen = read_json(run_dir.plan_file)
+    frozen = run_dir.plan() if run_dir.plan_file.exists() else None
     if frozen is None and made.verdict == "refused":
         _say(made.render())
         return EXIT_SPEC
@@ -104,7 +104,9 @@ def run(args: argparse.Namespace) -> int:
             "nanochat run: warning: no volume at /workspace, so the run is lost with this "
             "container. Keep it: docker run -v nanochat:/workspace ..."
         )
-    document = frozen or made.to_json()
+    document = made.to_json()
+    if frozen is not None and is_same_machine(frozen, document):
+        document = frozen
     price = Price(document["usd_per_hour"], document.get("price_source", "plan"))
     console = Console(run_dir, spec.stages)
     supervisor = Supervisor(

@@ -31,7 +31,6 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from nanochat.agreement import Agreement, RankError
 from nanochat.checkpoint_dir import (
     GIB,
-    OUT_OF_SPACE,
     STATE_FILE,
     CheckpointDir,
     CheckpointError,
@@ -40,6 +39,7 @@ from nanochat.checkpoint_dir import (
     utc_now,
 )
 from nanochat.rng import rng_state, set_rng_state
+from nanochat.rundir import OUT_OF_SPACE
 from nanochat.shards import (
     ShardReader,
     State,

@@ -13,7 +13,6 @@
 No torch here, also indirectly: a report or `pull` can read manifests without it.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -25,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from nanochat.rundir import RunDirError
 from nanochat.spec import CheckpointPolicy
 from nanochat.storage import FileRecord, Storage, sha256_of
 
@@ -34,13 +34,12 @@ STATE_FILE = "state.json"
 MODEL_FILES = "model-"
 """Prefix of the files that stay when a checkpoint is thinned to its weights."""
 GIB = 1 << 30
-OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 Kind = Literal["full", "weights"]
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunDirError):
     """A checkpoint cannot be written or loaded; the message says where, why and what to do."""
 
 

@@ -6,7 +6,6 @@ The two stages differ in their mixture, their learning rates and in whose weight
 import torch
 
 from nanochat.data import Loader, validation_set
-from nanochat.distributed import shutdown
 from nanochat.prepare import Prepared, note_out_of_memory, prepare
 from nanochat.rundir import Outcome, RunDir
 from nanochat.scaling import num_steps_of_epochs
@@ -60,9 +59,7 @@ def train_on_conversations(run: RunDir, stage: str, weights_from: str) -> Outcom
         )
     except torch.OutOfMemoryError as e:
         outcome = note_out_of_memory(p, e)
-    if p.metrics is not None:
-        p.metrics.close()
-    shutdown()
+    p.close(outcome)
     return outcome
 
 

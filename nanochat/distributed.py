@@ -134,6 +134,6 @@ def joined(device_type: str) -> Iterator[Dist]:
         shutdown()
 
 
-def seed_rank(seed: int, rank: int) -> None:
-    """Seed torch's generators of every device so that ranks draw different dropout."""
-    torch.manual_seed(seed * 1_000_003 + rank)
+def seed_rank(seed: int, rank: int, batch: int = 0) -> None:
+    """Seed torch's generators of every device: other dropout for every rank and every batch."""
+    torch.manual_seed(((seed * 1_000_003 + rank) * 1_000_003 + batch) % 2**63)

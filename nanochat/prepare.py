@@ -5,7 +5,6 @@ former process of this run found out on this kind of device (a batch that did no
 """
 
 import contextlib
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -67,6 +66,7 @@ class Prepared:
         return {
             "run": self.run,
             "stage": self.stage,
+            "seed": self.spec.seed,
             "settings": self.settings,
             "numbers": self.numbers,
             "model": self.model,
@@ -86,7 +86,8 @@ class Prepared:
         token_bytes = self.tokenizer.token_bytes()
 
         def nll(inputs: torch.Tensor, targets: torch.Tensor, doc_ids: Any) -> torch.Tensor:
-            self.run.write_progress(self.stage, "evaluate")
+            if self.dist.is_main:
+                self.run.give_sign_of_life(self.stage)
             with self.autocast():
                 return self.model(inputs, targets, doc_ids=doc_ids, reduction="none")
 
@@ -97,6 +98,17 @@ class Prepared:
             )
         finally:
             self.model.train()
+
+    def close(self, outcome: Outcome) -> None:
+        """Write what waits and leave the other ranks.
+
+        Where this rank alone gives up they are not left before the outcome is on the disk: they
+        would fail at once and say so first.
+        """
+        if self.metrics is not None:
+            self.metrics.close()
+        if outcome.outcome != "again":
+            distributed.shutdown()
 
     def eval_rows(self) -> int:
         """Rows of a validation batch: validation keeps no activations, so the training's do."""
@@ -214,8 +226,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 def note_out_of_memory(prepared: Prepared, error: torch.OutOfMemoryError) -> Outcome:
     """Halve the device batch for the next process of this stage; total_batch_size stays.
 
-    The memory of a process that ran out is fragmented, so the supervisor starts a new one.
-    Raises StageFailed where there is nothing to halve.
+    Called by the rank that ran out; the others wait for it, and are ended by the supervisor. The
+    memory of a process that ran out is fragmented, so a new one is started. Raises StageFailed
+    where there is nothing to halve.
     """
     numbers = prepared.numbers
     smaller = numbers.device_batch_size // 2
@@ -224,17 +237,20 @@ def note_out_of_memory(prepared: Prepared, error: torch.OutOfMemoryError) -> Out
             f"out of memory at one row of {numbers.seq_len} tokens per rank: {error}. Use a "
             "smaller model.depth or model.seq_len, or a GPU with more memory"
         ) from error
-    if prepared.dist.is_main:
-        prepared.run.append_resolved(
-            "fit",
-            stage=prepared.stage,
-            device=device_name(prepared.dist.device),
-            world_size=prepared.dist.world_size,
-            device_batch_size=smaller,
-            reason=f"out of memory at {numbers.device_batch_size} rows",
-            at_s=time.time(),
-        )
-    return Outcome(stage=prepared.stage, outcome="refit", message=f"next: {smaller} rows per rank")
+    reason = f"out of memory at {numbers.device_batch_size} rows per rank"
+    prepared.run.append_resolved(
+        "fit",
+        stage=prepared.stage,
+        device=device_name(prepared.dist.device),
+        world_size=prepared.dist.world_size,
+        device_batch_size=smaller,
+        reason=reason,
+    )
+    return Outcome(
+        stage=prepared.stage,
+        outcome="again",
+        message=f"{reason}; next: {smaller} rows per rank, at the same total_batch_size",
+    )
 
 
 def _device_batch(run: RunDir, plan: dict[str, Any], stage: str, dist: Dist) -> int | None:

@@ -91,7 +91,11 @@ def plan_against_actual(record: RunRecord) -> list[Block]:
             [
                 formats.utc(r.get("time")),
                 str(r.get("what")),
-                ", ".join(f"{k} {v}" for k, v in r.items() if k not in ("time", "what")),
+                ", ".join(
+                    f"{k} {v}"
+                    for k, v in r.items()
+                    if k not in ("time", "what") and not isinstance(v, dict)
+                ),
             ]
             for r in record.resolved[:MAX_EVENTS]
         ]

@@ -10,6 +10,7 @@ No torch here, also indirectly: the supervisor and `status` read run directories
 have none.
 """
 
+import contextlib
 import enum
 import errno
 import json
@@ -23,9 +24,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanochat.spec import STAGES, RunSpec, SpecError, differing_fields, spec_from_json
+from nanochat.spec import (
+    MACHINE_FIELDS,
+    STAGES,
+    RunSpec,
+    SpecError,
+    differing_fields,
+    spec_from_json,
+)
 
 LEASE_STALE_S = 60.0
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 IMAGE_DATA = Path("/opt/nanochat/data")
 
 EXIT_DONE = 0
@@ -34,6 +43,10 @@ EXIT_STOPPED = 75
 EXIT_BUDGET = 76
 EXIT_UNFIT_NODE = 77
 EXIT_SPEC = 78
+
+
+PROBE_BYTES = 1 << 16
+"""More than the small files of a run take: their last bytes must not fail when a probe has not."""
 
 
 class JobStatus(enum.StrEnum):
@@ -167,7 +180,7 @@ class Outcome:
 
     stage: str
     outcome: str
-    """running | done | stopped | failed | refit (start again, with a smaller device batch)"""
+    """running | done | stopped | failed | again (a new process: smaller batch, or one left out)"""
     message: str = ""
     step: int | None = None
     num_steps: int | None = None
@@ -233,35 +246,92 @@ class RunDir:
                 "--run-dir DIR, or NANOCHAT_HOME for all runs"
             ) from None
 
-    # -- spec and plan: written once, frozen
+    # -- spec and plan: written once, frozen; what the machine changed stands in resolved.jsonl
 
     def spec(self) -> RunSpec:
-        """The frozen spec. Raises RunDirError where this is no run directory."""
+        """The spec that holds: what was frozen, with the MACHINE_FIELDS of the last resume.
+
+        Raises RunDirError where this is no run directory.
+        """
         try:
-            return spec_from_json(self.spec_file.read_text(encoding="utf-8"), str(self.spec_file))
+            text = self.spec_file.read_text(encoding="utf-8")
+            for change in self.resolved("spec")[-1:]:
+                text = json.dumps(json.loads(text) | change["fields"])
+            return spec_from_json(text, str(self.spec_file))
         except FileNotFoundError:
             raise RunDirError(f"{self.path} is no run directory (it has no spec.json)") from None
-        except SpecError as e:
-            raise RunDirError(str(e)) from None
+        except (SpecError, json.JSONDecodeError) as e:
+            raise RunDirError(f"{self.spec_file}: {e}") from None
 
     def freeze_spec(self, spec: RunSpec) -> None:
-        """Write spec.json, or check that it is the same. Raises RunDirError with what differs."""
-        if self.spec_file.exists():
-            if differing := differing_fields(self.spec(), spec):
-                raise RunDirError(
-                    f"{self.path} holds a run of another spec; nothing was changed. It differs "
-                    "in:\n  " + "\n  ".join(differing) + "\nGive the same spec to resume, or "
-                    "another --run-dir (or name) for a new run."
-                )
+        """Write spec.json, or check that the run in this directory is the same one.
+
+        MACHINE_FIELDS may differ, which is noted. Raises RunDirError with what else differs.
+        """
+        if not self.spec_file.exists():
+            atomic_write_text(self.spec_file, spec.model_dump_json(indent=2) + "\n")
             return
-        atomic_write_text(self.spec_file, spec.model_dump_json(indent=2) + "\n")
+        differing = differing_fields(self.spec(), spec)
+        if learned := [field for field in differing if self._changes_learning(field)]:
+            raise RunDirError(
+                f"{self.path} holds a run of another spec; nothing was changed. It differs "
+                "in:\n  " + "\n  ".join(learned) + "\nGive the same spec to resume, or "
+                "another --run-dir (or name) for a new run."
+            )
+        if differing:
+            tree = json.loads(spec.model_dump_json())
+            fields = {name: tree[name] for name in MACHINE_FIELDS}
+            self.append_resolved("spec", changes=differing, fields=fields)
+
+    def _changes_learning(self, field: str) -> bool:
+        """Whether a difference ("section.field: old -> new") makes it another run."""
+        section = field.partition(":")[0].partition(".")[0]
+        if section not in MACHINE_FIELDS:
+            return True
+        base = self.spec().base_train
+        is_schedule = base is not None and base.horizon == "budget"
+        return is_schedule and field.startswith("budget.max_") and not self.is_done("base_train")
 
     def plan(self) -> dict[str, Any]:
-        """The frozen plan. Raises RunDirError where it is missing."""
+        """The plan that holds: that of the last machine. Raises RunDirError where it is missing."""
         plan = read_json(self.plan_file)
         if not isinstance(plan, dict):
             raise RunDirError(f"{self.plan_file} is missing or damaged; run the same command again")
+        for change in self.resolved("plan")[-1:]:
+            plan = change["plan"]
         return plan
+
+    def freeze_plan(self, plan: dict[str, Any]) -> None:
+        """Write plan.json; on a resume, note the plan where it is one for another machine."""
+        if not self.plan_file.exists():
+            atomic_write_json(self.plan_file, plan)
+        elif not is_same_machine(self.plan(), plan):
+            reason = f"another machine: {plan['offer']}, {plan['world_size']} ranks"
+            self.append_resolved("plan", reason=reason, plan=plan)
+
+    def volume_trouble(self) -> tuple[int, str] | None:
+        """(exit code, message) where nothing can be written here any more, else None."""
+        try:
+            if not self.path.is_dir():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            atomic_write_text(self.path / ".writable", " " * PROBE_BYTES)
+            (self.path / ".writable").unlink()
+        except OSError as e:
+            if e.errno in OUT_OF_SPACE:
+                return EXIT_SPEC, (
+                    f"the volume of {self.path} is full; the last complete checkpoint is kept. "
+                    "Free space or use a larger volume, then run the same command again"
+                )
+            if e.errno == errno.EROFS:
+                return EXIT_SPEC, (
+                    f"{self.path} has become read-only; the last complete checkpoint is kept. Make "
+                    "it writable, then run the same command again"
+                )
+            return EXIT_UNFIT_NODE, (
+                f"the volume of {self.path} is gone ({e.strerror}); where it is mounted, the same "
+                "command resumes from the last complete checkpoint"
+            )
+        return None
 
     # -- stop: asked by anyone, answered by the ranks
 
@@ -295,11 +365,31 @@ class RunDir:
         return outcome is not None and outcome.outcome == "done"
 
     def write_progress(self, stage: str, phase: str, **facts: Any) -> None:
-        """Tell the supervisor that a stage is alive: phase, step, num_steps, eta_s, …"""
+        """Tell the supervisor that a stage is alive: phase, step, num_steps, eta_s, …
+
+        One process of a stage writes. A full volume leaves the former facts with a newer time.
+        """
         path = self.progress_file(stage)
         staged = path.with_suffix(".tmp")
-        staged.write_text(json.dumps({"phase": phase, "time": time.time(), **facts}))
-        os.replace(staged, path)
+        try:
+            staged.write_text(json.dumps({"phase": phase, "time": time.time(), **facts}))
+            os.replace(staged, path)
+        except OSError as e:
+            if e.errno not in OUT_OF_SPACE:
+                raise
+            self.give_sign_of_life(stage)
+
+    def give_sign_of_life(self, stage: str) -> None:
+        """Tell that a stage is alive where there is nothing new to tell; takes no space."""
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self.progress_file(stage))
+
+    def last_sign_s(self, stage: str) -> float | None:
+        """Unix time of a stage's last sign of life, None where it has given none."""
+        try:
+            return self.progress_file(stage).stat().st_mtime
+        except FileNotFoundError:
+            return None
 
     def progress(self, stage: str) -> dict[str, Any]:
         raw = read_json(self.progress_file(stage))
@@ -416,6 +506,11 @@ def _pid_alive(pid: int) -> bool:
         return " Z " not in Path(f"/proc/{pid}/stat").read_text()[:64]
     except OSError:
         return sys.platform != "linux"
+
+
+def is_same_machine(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two plans are for the same machine at the same price."""
+    return all(a.get(k) == b.get(k) for k in ("offer", "world_size", "usd_per_hour"))
 
 
 def find_run(path: Path | str) -> RunDir:

@@ -42,6 +42,9 @@ PUBLISHED_TASKS = (
 )
 """Tasks whose examples are files that `fetch` brings."""
 WEIGHT_STAGES = ("base_train", "mid_train", "chat_sft", "chat_rl")
+MACHINE_FIELDS = ("offer", "stop_grace_s", "budget", "checkpoint", "runtime")
+"""Where a run works, for how long and what it keeps, but not what it learns: a resume, perhaps on
+another machine, may change these."""
 
 
 def _known_task(name: str) -> str:

@@ -48,13 +48,16 @@ def run_stage(name: str, main: Callable[[RunDir], Outcome | dict[str, Any] | Non
         sys.stderr.write(f"usage: python -m nanochat.stages.{name} RUN_DIR\n")
         sys.exit(EXIT_SPEC)
     run = RunDir(Path(sys.argv[1]))
+    if not run.path.is_dir():
+        sys.stderr.write(f"{run.path} is no run directory\n")
+        sys.exit(EXIT_SPEC)
     is_rank_0 = os.environ.get("RANK", "0") == "0"
     live_and_die_with_parent()
     stop_on_signals(run, is_alone=os.environ.get("WORLD_SIZE", "1") == "1")
     install_guard()
     before_s = _seconds_before(run, name)
     started = time.monotonic()
-    if is_rank_0 and run.path.is_dir():
+    if is_rank_0:
         run.create()
         run.write_outcome(
             Outcome(stage=name, outcome="running", seconds=before_s, facts={"since": time.time()})
@@ -66,7 +69,9 @@ def run_stage(name: str, main: Callable[[RunDir], Outcome | dict[str, Any] | Non
     except Exception as e:
         outcome = _failure(name, e)
     outcome.seconds = before_s + time.monotonic() - started
-    if is_rank_0 or outcome.outcome in ("failed", "refit"):
+    if outcome.outcome in ("failed", "again"):
+        _write_first_failure(run, outcome)
+    elif is_rank_0:
         run.write_outcome(outcome)
     sys.stdout.flush()
     # A library thread that does not end (a tracker, a CUDA context) must not hold the run.
@@ -130,6 +135,13 @@ def _failure(name: str, error: Exception) -> Outcome:
     return Outcome(stage=name, outcome="failed", message=text, exit_code=code)
 
 
+def _write_first_failure(run: RunDir, outcome: Outcome) -> None:
+    """The rank that fails first knows why; the others then fail because it is gone."""
+    written = run.outcome(outcome.stage)
+    if written is None or written.outcome == "running":
+        run.write_outcome(outcome)
+
+
 def _seconds_before(run: RunDir, name: str) -> float:
     """Wall clock that earlier processes of this stage have used, the killed ones too."""
     before = run.outcome(name)
@@ -137,5 +149,5 @@ def _seconds_before(run: RunDir, name: str) -> float:
         return 0.0
     if before.outcome != "running":
         return before.seconds
-    last_sign = float(run.progress(name).get("time", 0.0))
-    return before.seconds + max(0.0, last_sign - float(before.facts.get("since", last_sign)))
+    last_sign_s = run.last_sign_s(name) or 0.0
+    return before.seconds + max(0.0, last_sign_s - float(before.facts.get("since", last_sign_s)))

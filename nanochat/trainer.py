@@ -4,8 +4,10 @@
   sums over targets, divided by the step's global number of targets.
 * The loop knows no money and no cloud: it looks at RUN/stop.json every step, and where the horizon
   is the budget it reads how much of it is used.
-* A loss that is not finite, or that stays far above its running mean, rolls back to the last
+* A loss that is not finite, or that stays far above its running mean, rolls back to the last good
   checkpoint and leaves its batches out; what is left out is on disk before the next step.
+* The random numbers of a step follow from seed, rank and batch alone, so that neither a resume nor
+  an evaluation nor a batch that is left out changes them.
 """
 
 import math
@@ -23,13 +25,13 @@ import torch
 
 from nanochat.checkpoint import Checkpointer, LoadedCheckpoint, rng_state, set_rng_state
 from nanochat.data import Loader, StepBatch
-from nanochat.distributed import Dist
+from nanochat.distributed import Dist, seed_rank
 from nanochat.gpt import GPT
 from nanochat.metrics import Metrics
 from nanochat.optim import Optimizer, muon_momentum
 from nanochat.rundir import Outcome, RunDir, read_json
 from nanochat.scaling import StageNumbers, lr_scale
-from nanochat.spec import TrainStage
+from nanochat.spec import SpecError, TrainStage
 from nanochat.stage import StageFailed
 
 SPIKE_AFTER_STEPS = 20
@@ -40,6 +42,8 @@ ROLLBACK_WINDOW_STEPS = 200
 """Roll-backs further apart than this do not add up to a divergence."""
 LOSS_DECAY = 0.95
 PROGRESS_EVERY_S = 0.5
+HORIZON_STALE_S = 300.0
+"""Age of a horizon file that no supervisor renews any more."""
 GIB = 2**30
 
 
@@ -50,6 +54,8 @@ class Position:
     step: int = 0
     batch: int = 0
     """Batches drawn from the stream: steps and left-out batches."""
+    epoch: float = 0.0
+    """Passes over the data so far."""
     mean_loss: float | None = None
     """Exponential running mean of the training loss, spikes aside."""
     high: tuple[int, ...] = ()
@@ -60,18 +66,25 @@ class Position:
     validated_step: int | None = None
     last_bpb: float | None = None
     first_bpb: float | None = None
-    started_fraction: float = 0.0
-    """Share of a budget horizon that was used when the stage began."""
     trained_s: float = 0.0
 
 
 class Horizon:
-    """How much of the stage is done, from 0 to 1: by steps, or by the budget."""
+    """How much of the stage is done, from 0 to 1: by steps, or by the budget.
+
+    Raises SpecError where the budget is the horizon and nobody says how much of it is used.
+    """
 
     def __init__(self, run: RunDir, stage: str, num_steps: int | None) -> None:
         self._file = run.path / "stages" / f"{stage}.horizon.json"
         self.num_steps = num_steps
         self._last = 0.0
+        told = read_json(self._file)
+        if num_steps is None and (told is None or time.time() - told["time"] > HORIZON_STALE_S):
+            raise SpecError(
+                f'{stage}.horizon = "budget" is told by the supervisor, and none does: use '
+                f"`nanochat run`, or give {stage}.num_steps"
+            )
 
     def fraction(self, step: int) -> float:
         """Share of the horizon before this step; never falls."""
@@ -95,6 +108,7 @@ def fit(
     *,
     run: RunDir,
     stage: str,
+    seed: int,
     settings: TrainStage,
     numbers: StageNumbers,
     model: GPT,
@@ -118,16 +132,20 @@ def fit(
     rank, for the MFU; None where it is not known. Raises StageFailed when the training diverges.
     """
     horizon = Horizon(run, stage, numbers.num_steps)
-    left_out = {r["batch"] for r in run.resolved("rollback") if r["stage"] == stage}
-    rollbacks: list[int] = []
-    num_rollbacks = 0
+    rollbacks = [r for r in run.resolved("rollback") if r["stage"] == stage]
+    left_out = {batch for r in rollbacks for batch in r["batches"]}
     at = Position()
+    saved_step: int | None = None
     cursor: dict[str, Any] | None = None
+    saved_s = time.monotonic()
+    said_s = stalls_s = 0.0
+    eval_s: float | None = None
 
     def state() -> dict[str, Any]:
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
     def save(wait: bool = False) -> None:
+        nonlocal saved_s, saved_step, stalls_s
         say("save")
         checkpointer.save(
             at.step,
@@ -136,21 +154,22 @@ def fit(
             rank_extra={"rng": rng_state()},
             wait=wait,
         )
+        saved_s, saved_step = time.monotonic(), at.step
+        stalls_s += checkpointer.last_stall_s or 0.0
 
     def load() -> LoadedCheckpoint | None:
         """Back to the newest whole checkpoint; the stream continues behind its last batch."""
-        nonlocal at, cursor
+        nonlocal at, cursor, saved_step
         target = state()
         loaded = checkpointer.load_latest(target)
         if loaded is not None:
             optimizer.load_state_dict(target["optimizer"])
             at, cursor = Position(**loaded.extra["position"]), loaded.extra["cursor"]
-            at = replace(at, high=tuple(at.high))
+            at = replace(at, high=tuple(b for b in at.high if b not in left_out))
+            saved_step = at.step
             if loaded.rank_extra is not None:
                 set_rng_state(loaded.rank_extra["rng"])
         return loaded
-
-    said_s = 0.0
 
     def say(phase: str, at_once: bool = True, **facts: Any) -> None:
         nonlocal said_s
@@ -163,6 +182,7 @@ def fit(
                 num_steps=numbers.num_steps,
                 val_bpb=at.last_bpb,
                 save_s=checkpointer.last_save_s,
+                eval_s=eval_s,
                 **facts,
             )
 
@@ -174,9 +194,7 @@ def fit(
         metrics.log_event("corrupt_checkpoint", skipped)
     loader = make_loader(cursor)
     step_times_s: deque[float] = deque(maxlen=50)
-    saved_s = time.monotonic()
     facts: dict[str, Any] = {}
-    stalls_s = 0.0
     first_step = True
 
     while True:
@@ -194,10 +212,10 @@ def fit(
         if at.validated_step != at.step and (is_last or at.step % settings.eval_every_steps == 0):
             if at.step > 0:
                 save(wait=is_last)
-                saved_s = time.monotonic()
-                stalls_s += checkpointer.last_stall_s or 0.0
             say("evaluate")
+            started_s = time.monotonic()
             bpb = validate()
+            eval_s = time.monotonic() - started_s
             metrics.log_val(at.step, val_bpb=bpb)
             is_best = at.best_bpb is None or bpb < at.best_bpb
             at = replace(
@@ -228,16 +246,15 @@ def fit(
             say("sample")
             sample(at.step)
 
-        # by the clock: a checkpoint
-        if is_due and not is_stopping:
+        # by the clock: a checkpoint, of weights that no spike has touched
+        if is_due and not is_stopping and not at.high:
             save()
-            saved_s = time.monotonic()
-            stalls_s += checkpointer.last_stall_s or 0.0
 
         # when asked: stop, with a checkpoint where the time is enough for one
         if is_stopping:
             checkpointer.wait()
-            if _from_rank_0(dist, (_can_save_in_time(run, checkpointer),))[0]:
+            is_new = saved_step != at.step
+            if is_new and _from_rank_0(dist, (_can_save_in_time(run, checkpointer),))[0]:
                 save(wait=True)
             loader.close()
             return Outcome(
@@ -254,35 +271,41 @@ def fit(
         waited_s = loader.wait_s
         batch = next(loader)
         at = replace(at, batch=at.batch + 1)
+        while at.batch in left_out:
+            batch = next(loader)
+            at = replace(at, batch=at.batch + 1)
         cursor = batch.cursor
-        if at.batch in left_out:
-            continue
+        seed_rank(seed, dist.rank, at.batch)
         scale = lr_scale(fraction, horizon.after(fraction, _median(step_times_s)), settings)
         loss, grad_norm = _forward_backward(
             train_model, optimizer, batch, numbers, settings.grad_clip, dist, autocast
         )
         is_high = _is_high(loss, at, settings.spike_nats)
-        high = (*at.high, at.batch) if is_high else ()
-        if not math.isfinite(loss + grad_norm) or len(high) == SPIKE_STEPS:
-            bad = high or (at.batch,)
+        high = (*at.high, at.batch)
+        if not math.isfinite(loss + grad_norm) or (is_high and len(high) == SPIKE_STEPS):
             message = f"loss {loss:.4g}, gradient norm {grad_norm:.4g} at step {at.step}"
-            rollbacks = [s for s in rollbacks if at.step - s < ROLLBACK_WINDOW_STEPS] + [at.step]
-            if len(rollbacks) > settings.max_rollbacks:
+            near = [r for r in rollbacks if abs(at.step - r["step"]) < ROLLBACK_WINDOW_STEPS]
+            if len(near) >= settings.max_rollbacks:
                 raise StageFailed(
                     f"{message}: diverged again after {settings.max_rollbacks} roll-backs; try "
                     f"lower learning rates ({stage}.matrix_lr = {settings.matrix_lr})"
                 )
+            bad: dict[str, Any] = {"step": at.step, "batches": list(high), "reason": message}
             if dist.is_main:
-                for number in bad:
-                    run.append_resolved("rollback", stage=stage, batch=number, reason=message)
-            left_out.update(bad)
-            num_rollbacks += 1
-            metrics.log_event("rollback", f"{message}; left out: batches {list(bad)}")
+                run.append_resolved("rollback", stage=stage, **bad)
+            metrics.log_event("rollback", f"{message}; left out: batches {bad['batches']}")
             checkpointer.wait()
-            if load() is not None:  # else nothing is saved yet: go on behind the bad batches
-                loader.close()
-                loader = make_loader(cursor)
-            at = replace(at, high=())
+            # twice bad right behind one checkpoint: it is not a good one
+            is_suspect = bool(near) and near[-1]["step"] == at.step == saved_step
+            older = [m for m in checkpointer.list_complete() if m.step < at.step]
+            if _from_rank_0(dist, (is_suspect and bool(older),))[0]:
+                checkpointer.discard_after(at.step - 1)
+            rollbacks.append(bad)
+            left_out.update(bad["batches"])
+            loader.close()
+            if load() is None:
+                return Outcome(stage=stage, outcome="again", message=f"{message}; from the start")
+            loader = make_loader(cursor)
             continue
         optimizer.set_lr_scale(scale)
         optimizer.set_momentum(muon_momentum(at.step))
@@ -296,8 +319,9 @@ def fit(
         at = replace(
             at,
             step=at.step + 1,
+            epoch=batch.epoch,
             mean_loss=_running_mean(at.mean_loss, loss) if not is_high else at.mean_loss,
-            high=high,
+            high=high if is_high else (),
             trained_s=at.trained_s + step_s,
         )
         mfu = None
@@ -323,6 +347,7 @@ def fit(
             "loss": round(at.mean_loss or loss, 4),
             "tokens_per_s": round(numbers.total_batch_size / _median(step_times_s, step_s)),
             "median_step_s": _median(step_times_s, step_s),
+            "num_timed": len(step_times_s),
             "eta_s": _eta_s(horizon, at.step, _median(step_times_s, step_s)),
         }
         first_step = False
@@ -337,7 +362,7 @@ def fit(
         facts={
             "num_steps": at.step,
             "num_tokens": at.step * numbers.total_batch_size,
-            "epochs": batch.epoch if at.step and not first_step else None,
+            "epochs": at.epoch,
             "val_bpb_first": at.first_bpb,
             "val_bpb_last": at.last_bpb,
             "val_bpb_best": at.best_bpb,
@@ -352,7 +377,7 @@ def fit(
             "checkpoint_s": checkpointer.last_save_s,
             "checkpoint_bytes": checkpointer.last_bytes,
             "loader_wait_s": loader.wait_s,
-            "rollbacks": num_rollbacks,
+            "rollbacks": len(rollbacks),
         },
     )
 
@@ -368,7 +393,7 @@ def _forward_backward(
 ) -> tuple[float, float]:
     """Gradients of the mean loss over the step's targets of all ranks: (loss, gradient norm)."""
     rows = numbers.device_batch_size
-    total = torch.zeros((), device=dist.device)
+    losses = []
     for start in range(0, len(batch.inputs), rows):
         inputs, targets, doc_ids = (
             None if t is None else t[start : start + rows].to(dist.device, non_blocking=True)
@@ -377,11 +402,11 @@ def _forward_backward(
         with autocast():
             loss = train_model(inputs, targets, doc_ids=doc_ids, reduction="sum")
         # the optimizer averages over ranks, and each rank holds its share of the targets
-        loss = loss * (dist.world_size / batch.num_targets)
+        loss = loss * (dist.world_size / max(1, batch.num_targets))
         loss.backward()
-        total += loss.detach()
+        losses.append(loss.detach())
     grad_norm = optimizer.reduce(grad_clip)
-    mean = dist.all_reduce_mean(total.double().cpu())
+    mean = dist.all_reduce_mean(torch.stack(losses).sum().cpu().double())
     return float(mean), float(grad_norm)
 
 

@@ -5,7 +5,6 @@ import torch
 from nanochat.bpb import bigram_bpb
 from nanochat.corpus import locate
 from nanochat.data import Loader, flat_tokens, validation_set
-from nanochat.distributed import shutdown
 from nanochat.engine import Engine
 from nanochat.prepare import note_out_of_memory, prepare
 from nanochat.rundir import Outcome, RunDir
@@ -78,11 +77,10 @@ def main(run: RunDir) -> Outcome:
         )
     except torch.OutOfMemoryError as e:
         outcome = note_out_of_memory(p, e)
-    if outcome.outcome == "done" and p.metrics is not None:
+    if outcome.outcome == "done":
         sample(outcome.step or 0)
         outcome.facts["bigram_bpb"] = bigram
-        p.metrics.close()
-    shutdown()
+    p.close(outcome)
     return outcome
 
 

@@ -1,7 +1,7 @@
 """A stage for the supervisor's tests: does what FAKE_STAGE (a JSON plan) tells it per attempt.
 
 `fake_stage.py STAGE RUN_DIR`; the plan maps a stage to a list of acts, one per attempt:
-done, stopped_when_asked, fail:CODE, die, hang, refit, ignore_stop.
+done, stopped_when_asked, fail:CODE, die, hang, again, ignore_stop.
 """
 
 import json
@@ -38,7 +38,7 @@ elif act == "stopped_when_asked":
 elif act.startswith("fail:"):
     code = int(act.split(":")[1])
     run.write_outcome(Outcome(stage=stage, outcome="failed", message="because", exit_code=code))
-elif act == "refit":
-    run.write_outcome(Outcome(stage=stage, outcome="refit", message="smaller"))
+elif act == "again":
+    run.write_outcome(Outcome(stage=stage, outcome="again", message="smaller"))
 else:
     run.write_outcome(Outcome(stage=stage, outcome="done"))

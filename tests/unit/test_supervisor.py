@@ -116,7 +116,7 @@ def test_a_hung_stage_is_ended_and_continued(supervise: Supervise) -> None:
 
 
 def test_out_of_memory_restarts_do_not_count(supervise: Supervise) -> None:
-    code, run = supervise(ALL_DONE | {"base_train": [*["refit"] * 5, "done"]})
+    code, run = supervise(ALL_DONE | {"base_train": [*["again"] * 5, "done"]})
     assert code == 0
     assert len(acts(run)) == 8
 
@@ -203,3 +203,10 @@ def _signal_when_running(tmp_path: Path, signals: list[int]) -> None:
             time.sleep(0.3)
 
     _when_running(tmp_path, send)
+
+
+def test_a_failed_stage_is_tried_again_by_the_same_command(supervise: Supervise) -> None:
+    assert supervise({"base_train": ["fail:70"]})[0] == 70
+    code, run = supervise({"base_train": ["fail:70", "done"], "report": ["done"]})
+    assert code == 0
+    assert acts(run)[-2:] == [("base_train", "done"), ("report", "done")]
