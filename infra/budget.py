@@ -9,6 +9,7 @@
 * docs/decisions.md states the bound on overspending and argues it.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,48 +23,40 @@ HEARTBEAT_S = 30.0
 Record = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Spent:
-    """What a run has taken until some moment."""
-
-    usd: float
-    used_s: float
-
-
 def spent(records: Iterable[Record], until: float) -> tuple[float, float]:
     """(dollars, seconds) that a run has taken until `until` (Unix time).
 
     records: ledger lines in any order; lines that are damaged or later than `until` are left out.
-    Dollars never fall as `until` grows.
+    `usd_per_hour` of a line is of all that is billed while the run goes on, the volume included.
+    Without new lines neither number ever falls as `until` grows.
     """
-    lines = sorted(
-        (r for r in records if _is_whole(r) and r["time"] <= until), key=lambda r: float(r["time"])
-    )
-    usd: dict[str, float] = {}
+    lines = [r for r in records if _is_whole(r) and r["time"] <= until]
+    lines.sort(key=lambda r: float(r["time"]))
+    derived: dict[str, float] = {}
     billed: dict[str, float] = {}
     used_s = 0.0
-    for i, record in enumerate(lines):
+    before: Record | None = None
+    for record, following in itertools.zip_longest(lines, lines[1:]):
         instance = str(record.get("instance") or "")
-        if record["event"] == "start":
-            since = max(
-                float(record.get("billed_from", record["time"])), lines[i - 1]["time"] if i else 0.0
-            )
-            boot_s = max(0.0, record["time"] - since)
-            if _same(lines[i - 1], record) if i else False:
-                boot_s = 0.0  # the silence before it is charged below
-            used_s += boot_s
-            usd[instance] = usd.get(instance, 0.0) + boot_s * _usd_per_s(record)
-        following = lines[i + 1] if i + 1 < len(lines) else None
+        boot_s, new_s = (0.0, 0.0) if instance in derived else _boot(record, before)
         paid_s, run_s = _interval(record, following, until)
-        price = _usd_per_s(record)
-        if following is not None and _same(record, following):
-            price = max(price, _usd_per_s(following))
-        usd[instance] = usd.get(instance, 0.0) + paid_s * price
-        used_s += run_s
+        price = _price(record, following)
+        usd = (boot_s * _usd_per_s(record)) + paid_s * price
+        derived[instance] = derived.get(instance, 0.0) + usd
+        used_s += new_s + run_s
         if isinstance(record.get("billed_usd"), int | float):
             billed[instance] = max(billed.get(instance, 0.0), float(record["billed_usd"]))
-    total = sum(max(usd.get(k, 0.0), billed.get(k, 0.0)) for k in usd.keys() | billed.keys())
-    return total, used_s
+        before = record
+    return sum(max(usd, billed.get(name, 0.0)) for name, usd in derived.items()), used_s
+
+
+def _boot(record: Record, before: Record | None) -> tuple[float, float]:
+    """(seconds, of these not counted yet) that an instance was billed before its first record."""
+    if record["event"] != "start" or not isinstance(record.get("billed_from"), int | float):
+        return 0.0, 0.0
+    born, now = float(record["billed_from"]), float(record["time"])
+    counted_to = born if before is None else max(born, float(before["time"]))
+    return max(0.0, now - born), max(0.0, now - counted_to)
 
 
 def _interval(record: Record, following: Record | None, until: float) -> tuple[float, float]:
@@ -71,18 +64,26 @@ def _interval(record: Record, following: Record | None, until: float) -> tuple[f
     end = until if following is None else float(following["time"])
     gap_s = max(0.0, end - float(record["time"]))
     if record["event"] == "stop":
-        idle = following is not None and _same(record, following)
-        return (gap_s if idle else 0.0), 0.0
+        return (gap_s if _same(record, following) else 0.0), 0.0
     if following is not None and following["event"] != "start":
         return gap_s, gap_s  # one supervisor lived through all of it
     short_s = min(gap_s, HEARTBEAT_S)
-    same = bool(record.get("instance")) and (following is None or _same(record, following))
-    return (gap_s if same else short_s), short_s
+    still_there = bool(record.get("instance")) and following is None
+    return (gap_s if still_there or _same(record, following) else short_s), short_s
 
 
-def _same(a: Record, b: Record) -> bool:
+def _price(record: Record, following: Record | None) -> float:
+    """Dollars per second from a record to the next: the higher of the two, where one supervisor
+    or one instance links them, since when the price moved is not known."""
+    price = _usd_per_s(record)
+    if following is not None and (_same(record, following) or following["event"] != "start"):
+        return max(price, _usd_per_s(following))
+    return price
+
+
+def _same(a: Record, b: Record | None) -> bool:
     """Whether two records come from one billed instance."""
-    return bool(a.get("instance")) and a.get("instance") == b.get("instance")
+    return b is not None and bool(a.get("instance")) and a.get("instance") == b.get("instance")
 
 
 def _usd_per_s(record: Record) -> float:

@@ -114,6 +114,7 @@ class Plan:
             "hours": round(self.hours, 4),
             "usd": round(self.usd, 4),
             "storage_usd": round(self.storage_usd, 4),
+            "storage_usd_per_hour": round(self.storage_usd / self.hours if self.hours else 0.0, 6),
             "verdict": self.verdict,
             "reasons": list(self.reasons),
             "warnings": list(self.warnings),

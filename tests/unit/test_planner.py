@@ -339,7 +339,7 @@ def test_shipped_configs_are_not_refused_where_they_are_meant_to_run() -> None:
 
 
 def test_a_toy_run_is_not_refused_on_a_slow_cpu() -> None:
-    slow = replace(parse_offer("cpu"), peak_flops=5e9, matmul_flops=5e9, memory_gib=4.0)
+    slow = replace(parse_offer("cpu"), peak_flops=20e9, matmul_flops=20e9, memory_gib=4.0)
     for name in ("e2e", "smoke", "cpu_tiny"):
         assert make_plan(spec_of(name), slow).verdict != "refused"
 
