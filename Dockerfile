@@ -86,18 +86,19 @@ ENV PATH=/opt/nanochat/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bi
 
 FROM dependencies AS runtime
 ARG SKYPILOT_RUNTIME=1
-COPY infra/image/skypilot-runtime.lock /opt/nanochat/skypilot-runtime.lock
-COPY infra/image/uv /root/.local/bin/uv
-RUN --mount=type=bind,from=tools,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
+RUN --mount=type=bind,source=infra/image/skypilot-runtime.lock,target=/build/runtime.lock \
+    --mount=type=bind,source=infra/image/uv,target=/build/uv \
+    --mount=type=bind,from=tools,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
     --mount=type=bind,source=infra/image/strip_venv.sh,target=/usr/local/bin/strip-venv \
     --mount=type=cache,target=/root/.cache/uv \
     if [ "${SKYPILOT_RUNTIME}" = 1 ]; then \
       install -D -m 755 /usr/local/bin/uv /opt/nanochat/bin/uv \
+   && install -D -m 755 /build/uv /root/.local/bin/uv \
    && uv venv --quiet --no-config --python /usr/bin/python3 /root/skypilot-runtime \
    && UV_LINK_MODE=copy uv pip install --quiet --python /root/skypilot-runtime/bin/python \
-        --require-hashes -r /opt/nanochat/skypilot-runtime.lock \
+        --require-hashes -r /build/runtime.lock \
    && strip-venv /root/skypilot-runtime; \
-    else rm /root/.local/bin/uv; fi
+    fi
 
 # ---------------------------------------------------------------------------------------------
 # the kit itself: everything that changes with the code, in one small layer

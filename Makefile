@@ -8,6 +8,7 @@ RUST    := $(shell find rustbpe -name '*.rs' -not -path '*/target/*' 2>/dev/null
 RUN     ?= runs/smoke
 DATA    ?= smoke
 SKYPILOT_RUNTIME ?= 1
+REQUIREMENTS ?= requirements.lock
 
 .DEFAULT_GOAL := help
 .PHONY: help setup smoke test lint fmt build bench e2e e2e-long lock clean image image-test push sbom
@@ -58,7 +59,8 @@ build: setup  ## wheels of the kit and of the tokenizer in build/wheels
 	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheels .
 
 image:  ## the Docker image (DATA=smoke|cpu|d20|none, SKYPILOT_RUNTIME=1|0)
-	infra/image/build.sh $(IMAGE) --build-arg DATA=$(DATA) --build-arg SKYPILOT_RUNTIME=$(SKYPILOT_RUNTIME)
+	infra/image/build.sh $(IMAGE) --build-arg DATA=$(DATA) --build-arg REQUIREMENTS=$(REQUIREMENTS) \
+	  --build-arg SKYPILOT_RUNTIME=$(SKYPILOT_RUNTIME)
 
 image-test:  ## the unit tests inside the image
 	infra/image/build.sh $(IMAGE)-test --target test --build-arg DATA=none
@@ -86,6 +88,7 @@ e2e-long: setup  ## the full counts of the proofs
 lock:  ## resolve the dependencies again into the lock files
 	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
 	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --extra dev --constraint requirements.lock --output-file requirements-dev.lock pyproject.toml
+	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --constraint infra/image/cuda12.in --output-file requirements-cuda12.lock pyproject.toml
 	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --output-file infra/image/tools.lock infra/image/tools.in
 	$(VENV)/bin/uv pip compile --quiet --python-platform x86_64-manylinux_2_28 --no-emit-package skypilot --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --output-file infra/image/skypilot-runtime.lock infra/image/skypilot-runtime.in
 
