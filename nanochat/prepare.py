@@ -230,6 +230,8 @@ def note_out_of_memory(prepared: Prepared, error: torch.OutOfMemoryError) -> Out
     memory of a process that ran out is fragmented, so a new one is started. Raises StageFailed
     where there is nothing to halve.
     """
+    with contextlib.suppress(CheckpointError):  # of a save that the next process tries again
+        prepared.checkpointer.wait()
     numbers = prepared.numbers
     smaller = numbers.device_batch_size // 2
     if smaller == 0:

@@ -284,6 +284,7 @@ def fit(
         high = (*at.high, at.batch)
         if not math.isfinite(loss + grad_norm) or (is_high and len(high) == SPIKE_STEPS):
             message = f"loss {loss:.4g}, gradient norm {grad_norm:.4g} at step {at.step}"
+            checkpointer.wait()
             near = [r for r in rollbacks if abs(at.step - r["step"]) < ROLLBACK_WINDOW_STEPS]
             if len(near) >= settings.max_rollbacks:
                 raise StageFailed(
@@ -294,7 +295,6 @@ def fit(
             if dist.is_main:
                 run.append_resolved("rollback", stage=stage, **bad)
             metrics.log_event("rollback", f"{message}; left out: batches {bad['batches']}")
-            checkpointer.wait()
             # twice bad right behind one checkpoint: it is not a good one
             is_suspect = bool(near) and near[-1]["step"] == at.step == saved_step
             older = [m for m in checkpointer.list_complete() if m.step < at.step]
