@@ -24,7 +24,6 @@ import tenacity
 from nanochat.rundir import fsync_dir
 from nanochat.storage import sha256_of
 
-CHUNK_BYTES = 1 << 20
 MAX_STALLED_ATTEMPTS = 8
 """Attempts in a row without a new byte after which a file is given up for this time."""
 MAX_BAD_FILES = 2
@@ -240,7 +239,7 @@ class _Transfer:
         if tag := _strong_tag(response):
             self._tag_file.write_text(tag)
         with open(self._part, "ab") as f:
-            for chunk in response.iter_raw(CHUNK_BYTES):
+            for chunk in response.iter_raw():
                 if self._downloader.is_cancelled:
                     raise DownloadError("cancelled")
                 f.write(chunk)

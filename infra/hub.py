@@ -16,6 +16,7 @@ from nanochat.spec import SpecError
 
 PATHS_PER_QUESTION = 100
 NUM_ATTEMPTS = 4
+WAIT = tenacity.wait_random_exponential(multiplier=0.5, max=20)
 T = TypeVar("T")
 
 # huggingface_hub 1 speaks through httpx, 2 through httpx2, whose exceptions have no common base
@@ -94,7 +95,7 @@ def _asked(ask: Callable[[], T], repository: str) -> T:
     retry = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_passes),
         stop=tenacity.stop_after_attempt(NUM_ATTEMPTS),
-        wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
+        wait=WAIT,
         reraise=True,
     )
     try:

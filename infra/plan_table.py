@@ -58,10 +58,26 @@ def _stages(plan: dict[str, Any]) -> list[str]:
 def _rest(plan: dict[str, Any]) -> list[str]:
     c = plan["checkpoint_gib"]
     return [
+        *map(_source, plan["data"]),
         f"Checkpoints: {c['each']:.3g} GiB each, {c['kept']:.3g} GiB kept at most, "
         f"{c['written']:.3g} GiB written; a stop leaves a {plan['stop']['expect']} "
-        f"(a save takes {plan['stop']['save_s']:.0f} s of {plan['stop']['stop_grace_s']:g} s)"
+        f"(a save takes {plan['stop']['save_s']:.0f} s of {plan['stop']['stop_grace_s']:g} s)",
     ]
+
+
+def _source(facts: dict[str, Any]) -> str:
+    """One source of published data: `Data: arc, 6 files, 1.6 MB (to fetch: 6, 1.6 MB), …`."""
+    files = "1 file" if facts["files"] == 1 else f"{facts['files']} files"
+    line = f"Data: {facts['source']}, {files}, {_bytes(facts['bytes'])}"
+    if facts["missing"]:
+        line += f" (to fetch: {facts['missing']}, {_bytes(facts['missing_bytes'])})"
+    if facts["first_seen"]:
+        line += f"; {facts['first_seen']} trusted on first fetch"
+    return f"{line}; licence {facts['licence'] or 'not stated by its publisher'}"
+
+
+def _bytes(n: float) -> str:
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
 
 def _count(n: float) -> str:

@@ -4,7 +4,7 @@ Pure arithmetic on the numbers of scaling.resolve; plan.json of a run is its res
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from infra import alternatives, plan_table, verdict
@@ -31,6 +31,7 @@ from nanochat.scaling import (
     num_params_matmul,
 )
 from nanochat.spec import TRAIN_STAGES, RunSpec, SpecError, TrainStage
+from nanochat.touches import source_facts
 
 HOURS_PER_MONTH = 730.0
 
@@ -131,6 +132,7 @@ class Plan:
             "peak_flops": self.offer.peak_flops,
             "peak_source": self.offer.peak_source,
             "data_tokens": self.data_tokens,
+            "data": [asdict(facts) for facts in source_facts(self.spec)],
             "stop": self.stop,
         }
 

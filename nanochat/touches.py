@@ -209,6 +209,64 @@ def _is_cut(data: Data, touch: Touch) -> bool:
     return any((folder / LOCK_NAME).exists() for folder in folders)
 
 
+@dataclass(frozen=True)
+class SourceFacts:
+    """One source of a spec, for the plan."""
+
+    source: str
+    licence: str | None
+    revision: str | None
+    """Commit at the publisher; None until a first fetch has settled it."""
+    files: int
+    missing: int
+    bytes: int
+    """Of all files; what no lock knows is estimated."""
+    missing_bytes: int
+    first_seen: int
+    """Files that no list of the kit knows: what a first fetch brings is trusted, and noted."""
+
+
+def source_facts(spec: RunSpec) -> list[SourceFacts]:
+    """What the stages of a spec read from publishers, source by source."""
+    paths: dict[str, list[str]] = {}
+    for touch in touched_files(spec):
+        if touch.required and not Path(touch.path).is_absolute():
+            paths.setdefault(touch.source, []).append(touch.path)
+    return [_source_facts(source, list(dict.fromkeys(found))) for source, found in paths.items()]
+
+
+def _source_facts(source: str, paths: list[str]) -> SourceFacts:
+    shipped = package_lock()[source]
+    sizes, missing, first_seen = {}, [], 0
+    for path in paths:
+        name = path.partition("/")[2]
+        entry = shipped["files"].get(name, {})
+        place = find(path)
+        size = place.stat().st_size if place is not None else entry.get("size")
+        sizes[path] = size or shipped["about_bytes_per_file"]
+        first_seen += entry.get("sha256") is None
+        if place is None:
+            missing.append(path)
+    return SourceFacts(
+        source=source,
+        licence=shipped["licence"],
+        revision=shipped.get("revision") or _fetched_revision(source),
+        files=len(paths),
+        missing=len(missing),
+        bytes=sum(sizes.values()),
+        missing_bytes=sum(sizes[path] for path in missing),
+        first_seen=first_seen,
+    )
+
+
+def _fetched_revision(source: str) -> str | None:
+    for root in data_roots():
+        lock = read_json(root / source / LOCK_NAME)
+        if isinstance(lock, dict) and isinstance(lock.get("revision"), str):
+            return str(lock["revision"])
+    return None
+
+
 # -- locks
 
 
