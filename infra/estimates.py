@@ -13,14 +13,15 @@ from infra.memory import Layout
 from infra.throughput import decode_s, forward_s
 from nanochat.scaling import GPTConfig, checkpoint_bytes
 from nanochat.spec import WEIGHT_STAGES, Data, RunSpec, TrainStage
+from nanochat.touches import package_lock, touched_files
 
 BOOT_S = 600.0
 """Rented machine until our code runs: cold boot and image pull, 6 to 10 minutes (union.ai)."""
 FETCH_BYTES_PER_S = 50e6
-SHARD_BYTES = 100e6
+SMALL_FILE_BYTES = 5e6
+"""A task's file whose size data.lock.json does not know."""
 SHARD_CHARS = 250e6
-"""karpathy/fineweb-edu-100b-shuffle: characters and compressed bytes of a shard."""
-TASK_BYTES = {"smoltalk": 2.2e9, "mmlu_aux": 50e6, "gsm8k": 5e6}
+"""Characters of a shard of karpathy/fineweb-edu-100b-shuffle."""
 EMBEDDED_CHARS = 6.0e6
 """Training text of the embedded corpus on Python 3.11."""
 TOKENIZER_CHARS_PER_S = 10e6
@@ -96,11 +97,12 @@ def validation_tokens(spec: RunSpec, stage: TrainStage) -> float:
 def fetch_bytes(spec: RunSpec) -> float:
     """Bytes that the network brings for the stages that are switched on."""
     total = 0.0
-    if spec.data.source == "fineweb_edu":
-        total += (spec.data.num_shards + 1) * SHARD_BYTES
-    for stage in (spec.mid_train, spec.chat_sft):
-        if stage is not None:
-            total += sum(TASK_BYTES.get(task, 0.0) for task in stage.mixture)
+    for path in {touch.path for touch in touched_files(spec) if touch.required}:
+        source, _, name = path.partition("/")
+        known = package_lock().get(source)
+        if known is not None:
+            size = known.get("files", {}).get(name, {}).get("size")
+            total += size or known.get("about_bytes_per_file") or SMALL_FILE_BYTES
     return total
 
 

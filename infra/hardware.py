@@ -224,13 +224,14 @@ def parse_offer(text: str) -> Offer:
     by_name = {name.lower(): offer for name, offer in OFFERS.items()}
     if wanted.lower() in by_name:
         return by_name[wanted.lower()]
-    near = difflib.get_close_matches(wanted.lower(), list(by_name), n=1, cutoff=0.5)
-    hint = f"; did you mean {by_name[near[0]].name}?" if near else ""
+    near = [name for name in by_name if name.startswith(wanted.lower())]
+    near += difflib.get_close_matches(wanted.lower().replace(" ", ""), list(by_name), cutoff=0.5)
+    hint = f" Did you mean {by_name[near[0]].name}?" if near and wanted else ""
     types = ", ".join(gpu.name for gpu in GPUS)
     counts = ", ".join(str(n) for n in COUNTS)
     raise SpecError(
-        f"offer = {text!r}: no such offer{hint} Known: cpu, or N x GPU type with N of {counts} and "
-        f"a type of {types}".replace("?", "?", 1)
+        f"offer = {text!r}: no such offer.{hint} Known: cpu, or N x GPU type with N of {counts} "
+        f"and a type of {types}"
     )
 
 

@@ -8,6 +8,7 @@ No torch: the driver is asked by NVML, versions come from package metadata.
 
 import importlib.metadata
 import os
+import platform
 import shutil
 import sysconfig
 import time
@@ -152,13 +153,22 @@ def _numbers(version: str) -> list[int]:
 
 
 def _tools() -> list[Fact]:
-    facts = []
-    for name, package in (("torch", "torch"), ("tokenizer", "rustbpe"), ("kit", "nanochat-kit")):
+    """Python and the packages that the stages import; cargo matters where one is missing."""
+    facts = [Fact("Python", platform.python_version(), "ok")]
+    for name, package, fix in (
+        ("torch", "torch", "make setup"),
+        ("tokenizer", "rustbpe", f"make setup ({_cargo()})"),
+    ):
         try:
-            facts.append(Fact(name, importlib.metadata.version(package), "ok"))
+            facts.append(Fact(name, f"{package} {importlib.metadata.version(package)}", "ok"))
         except importlib.metadata.PackageNotFoundError:
-            facts.append(Fact(name, f"{package} is not installed", "bad", "make setup", EXIT_SPEC))
+            facts.append(Fact(name, f"{package} is not installed", "bad", fix, EXIT_SPEC))
     return facts
+
+
+def _cargo() -> str:
+    found = shutil.which("cargo")
+    return f"builds it with {found}" if found else "needs Rust first, see docs/local.md"
 
 
 def _network() -> Fact:
@@ -269,9 +279,16 @@ def _data(spec: RunSpec, run_dir: RunDir) -> list[Fact]:
     return facts or [Fact("data", "all that the stages read is here", "ok")]
 
 
-def _volume(spec: RunSpec, plan: "Plan", run_dir: RunDir) -> list[Fact]:
+def free_gib(run_dir: RunDir) -> float:
+    """Space for the checkpoints of a run: what is free, and what it already has."""
     place = _existing(run_dir.path)
     free = shutil.disk_usage(place).free + _bytes_below(run_dir.path / "checkpoints")
+    return free / GIB
+
+
+def _volume(spec: RunSpec, plan: "Plan", run_dir: RunDir) -> list[Fact]:
+    place = _existing(run_dir.path)
+    free = free_gib(run_dir) * GIB
     need = plan.checkpoints.kept + plan.checkpoints.each + spec.checkpoint.free_floor_gib * GIB
     text = (
         f"{free / GIB:.1f} GiB free on {place}; checkpoints take {plan.checkpoints.kept / GIB:.1f}"

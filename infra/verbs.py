@@ -74,7 +74,10 @@ def plan(args: argparse.Namespace) -> int:
         raise SpecError("plan needs a spec, e.g. `nanochat plan @configs/smoke.toml`")
     spec = _load(args)
     offer = hardware.parse_offer(args.on or spec.offer)
-    made = planner.make_plan(spec, offer)
+    free_gib = (
+        preflight.free_gib(RunDir(nanochat_home() / "runs" / spec.name)) if offer.cpu else None
+    )
+    made = planner.make_plan(spec, offer, free_gib=free_gib)
     document = made.to_json()
     if args.rehearse:
         document["rehearsal"] = _rehearse(spec, document)
