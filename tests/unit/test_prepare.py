@@ -1,0 +1,182 @@
+"""What a training stage is built from, and how it finds a device batch that fits."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import save
+
+from nanochat import prepare as preparing
+from nanochat.conversations import train_on_conversations
+from nanochat.distributed import Dist
+from nanochat.gpt import GPT
+from nanochat.prepare import compute_dtype, note_out_of_memory, prepare
+from nanochat.rundir import Outcome, RunDir
+from nanochat.scaling import gpt_config
+from nanochat.spec import RunSpec
+from nanochat.stage import StageFailed
+from nanochat.tokenizer import Tokenizer
+
+STAGE = "mid_train"
+SPEC = RunSpec.model_validate(
+    {
+        "name": "t",
+        "model": {"depth": 1, "aspect_ratio": 16, "head_dim": 16, "seq_len": 64, "vocab_size": 300},
+        "checkpoint": {"free_floor_gib": 0.0},
+        "runtime": {"compile": False, "tensorboard": False, "device": "cpu"},
+        "base_train": {"num_steps": 1, "total_batch_size": 512},
+        STAGE: {
+            "num_steps": 3,
+            "total_batch_size": 512,
+            "eval_every_steps": 10,
+            "eval_tokens": 512,
+            "mixture": {"copying": 60},
+        },
+    }
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_run(path: Path, device_batch_size: int = 8, world_size: int = 1) -> RunDir:
+    """A run whose base training is done, with a plan that chose a device batch for mid_train."""
+    run = RunDir(path)
+    run.create()
+    run.freeze_spec(SPEC)
+    stages = [{"stage": STAGE, "device_batch_size": device_batch_size}]
+    run.freeze_plan({"offer": "cpu", "world_size": world_size, "stages": stages})
+    Tokenizer.train(["the cat and the hat"] * 9, 300).save(run.tokenizer_dir)
+    model = GPT(gpt_config(SPEC.model))
+    model.init_weights(0)
+    save(run, "base_train", model)
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run whose mid-training went through at two rows per forward pass."""
+    run = make_run(tmp_path_factory.mktemp("whole") / "run", device_batch_size=2)
+    assert train_on_conversations(run, STAGE, "base_train").outcome == "done"
+    return run
+
+
+def fits_only(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device whose memory is enough for so many rows."""
+    forward = GPT.forward
+
+    def limited(self: GPT, idx: torch.Tensor, *args: Any, **kw: Any) -> torch.Tensor:
+        if len(idx) > rows:
+            raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+        return forward(self, idx, *args, **kw)
+
+    monkeypatch.setattr(GPT, "forward", limited)
+
+
+def run_until_it_fits(run: RunDir) -> list[Outcome]:
+    """Process after process, as the supervisor starts them."""
+    outcomes = [train_on_conversations(run, STAGE, "base_train")]
+    while outcomes[-1].outcome == "again":
+        outcomes.append(train_on_conversations(run, STAGE, "base_train"))
+    return outcomes
+
+
+def losses(run: RunDir) -> list[float]:
+    return [m["loss"] for m in run.metrics() if m["stage"] == STAGE and "loss" in m]
+
+
+def test_out_of_memory_halves_the_device_batch_and_keeps_the_step(
+    whole: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run")
+    fits_only(2, monkeypatch)
+    outcomes = run_until_it_fits(run)
+    assert [o.outcome for o in outcomes] == ["again", "again", "done"]
+    assert "out of memory at 8 rows per rank; next: 4 rows" in outcomes[0].message
+    fits = run.resolved("fit")
+    assert [f["device_batch_size"] for f in fits] == [4, 2]
+    assert all((f["stage"], f["device"], f["world_size"]) == (STAGE, "cpu", 1) for f in fits)
+    facts = outcomes[-1].facts
+    assert (facts["device_batch_size"], facts["grad_accum_steps"]) == (2, 4)
+    assert facts["num_tokens"] == 3 * 512
+    assert losses(run) == losses(whole) and len(losses(run)) == 3
+
+
+def test_out_of_memory_at_one_row_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", device_batch_size=2)
+    fits_only(0, monkeypatch)
+    assert train_on_conversations(run, STAGE, "base_train").outcome == "again"
+    with pytest.raises(StageFailed, match=r"one row of 64 tokens.*model.depth or model.seq_len"):
+        train_on_conversations(run, STAGE, "base_train")
+
+
+def test_any_rank_may_be_the_one_that_runs_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    prepared = prepare(run, STAGE)
+    prepared.dist = Dist(rank=1, world_size=2)
+    outcome = note_out_of_memory(prepared, torch.OutOfMemoryError("full"))
+    assert outcome.outcome == "again"
+    [fit] = run.resolved("fit")
+    assert (fit["device_batch_size"], fit["world_size"]) == (4, 2)
+    assert prepare(run, STAGE).numbers.device_batch_size == 8  # found out on two ranks only
+
+
+def test_what_fitted_is_remembered_per_kind_of_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run")
+    note_out_of_memory(prepare(run, STAGE), torch.OutOfMemoryError("full"))
+    assert prepare(run, STAGE).numbers.device_batch_size == 4
+    monkeypatch.setattr(preparing, "device_name", lambda device: "another")
+    assert prepare(run, STAGE).numbers.device_batch_size == 8
+
+
+def test_a_plan_for_other_ranks_says_nothing_about_the_batch(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", device_batch_size=1, world_size=4)
+    assert prepare(run, STAGE).numbers.device_batch_size == 8
+    run.freeze_plan({"offer": "cpu", "world_size": 1, "stages": [
+        {"stage": STAGE, "device_batch_size": 2}]})  # fmt: skip
+    assert prepare(run, STAGE).numbers.device_batch_size == 2
+    assert json.loads(run.plan_file.read_text())["world_size"] == 4
+
+
+def test_validation_gives_signs_of_life_and_leaves_the_model_in_training(
+    whole: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signs: list[str] = []
+    monkeypatch.setattr(RunDir, "give_sign_of_life", lambda self, stage: signs.append(stage))
+    before = whole.progress(STAGE)
+    prepared = prepare(whole, STAGE, weights_from="base_train")
+    prepared.model.train()
+    rows = torch.randint(0, 300, (6, 64))
+    validation = preparing.ValidationSet(rows.int(), rows.int(), None, 2, 6 * 64)
+    assert 0 < prepared.bits_per_byte(validation) < 100
+    assert signs == [STAGE] * 3
+    assert prepared.model.training
+    assert whole.progress(STAGE) == before
+
+
+def test_weights_are_those_of_the_stage_before(whole: RunDir) -> None:
+    prepared = prepare(whole, STAGE, weights_from="base_train")
+    fresh = prepare(whole, STAGE)
+    saved = GPT(gpt_config(SPEC.model))
+    saved.init_weights(0)
+    assert torch.equal(prepared.model.wte.weight, saved.wte.weight)
+    assert not torch.equal(fresh.model.wte.weight, saved.wte.weight)
+
+
+def test_compute_dtype() -> None:
+    cpu = torch.device("cpu")
+    assert compute_dtype("auto", cpu) == torch.float32
+    assert compute_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert compute_dtype("bf16", cpu) == torch.bfloat16
