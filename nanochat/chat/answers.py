@@ -121,8 +121,9 @@ async def unless_gone(request: Request, wanted: Awaitable[T]) -> T:
             raise ClientGone
         return task.result()
     finally:
-        gone.cancel()
         task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
 
 
 async def _wait_until_gone(request: Request) -> None:

@@ -1,6 +1,9 @@
 """The HTTP application: OpenAI's chat and text completions, a page, health and metrics."""
 
 import asyncio
+import base64
+import hashlib
+import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
@@ -32,11 +35,6 @@ from nanochat.sampling import Sampling
 from nanochat.tokenizer import render_for_completion
 
 PAGE = Path(__file__).with_name("ui.html")
-CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'"
-)
 RETRY_AFTER_S = 2
 
 
@@ -48,7 +46,7 @@ class Limits:
     """Requests that wait beside those being answered; more are refused with 429."""
     max_body_bytes: int = 1 << 20
     max_tokens: int = 1024
-    """Tokens of one answer at most, and where a request does not say."""
+    """Tokens of one answer at most; longer ones are cut."""
     time_limit_s: float = 300.0
     """An answer ends after this time, as if it were at its length."""
 
@@ -75,6 +73,7 @@ class Server:
         self.engine = engine.Engine(
             loaded.model, loaded.tokenizer, max_batch=max_batch, compile=compile
         )
+        self._page = PAGE.read_text(encoding="utf-8")
         self.draining = False
         self.created = int(time.time())
         self.metrics = ServerMetrics(
@@ -130,14 +129,14 @@ class Server:
 
     async def page(self) -> HTMLResponse:
         return HTMLResponse(
-            PAGE.read_text(encoding="utf-8"),
-            headers={"content-security-policy": CONTENT_SECURITY_POLICY},
+            self._page, headers={"content-security-policy": page_policy(self._page)}
         )
 
     async def health(self) -> JSONResponse:
         document = {
             "status": "draining" if self.draining else "ok",
             "model": self.model_id,
+            "max_context_tokens": self.engine.max_seq_len,
             "open": self.num_open(),
         }
         return JSONResponse(document, status_code=503 if self.draining else 200)
@@ -254,16 +253,18 @@ class Server:
         """Queue the request's choices, all or none."""
         if self.draining:
             raise ApiError(503, "The server is shutting down.", code="shutting_down")
-        room = self.engine.max_seq_len - len(prompt)
-        if room < 1:
+        context = self.engine.max_seq_len
+        room = context - len(prompt)
+        if room < (body.wanted_tokens or 1):
             raise ApiError(
                 400,
-                f"The prompt has {len(prompt)} tokens and leaves no room for an answer in the "
-                f"model's context of {self.engine.max_seq_len} tokens.",
+                f"The prompt has {len(prompt)} tokens and leaves room for {max(room, 0)} in the "
+                f"model's context of {context} tokens; the answer may take "
+                f"{body.wanted_tokens or 'at least 1'}.",
                 param="messages" if isinstance(body, ChatRequest) else "prompt",
                 code="context_length_exceeded",
             )
-        max_tokens = min(body.wanted_tokens or self.limits.max_tokens, self.limits.max_tokens, room)
+        max_tokens = min(body.wanted_tokens or room, self.limits.max_tokens)
         seed = uuid.uuid4().int % 2**31 if body.seed is None else body.seed
         jobs: list[Job] = []
         try:
@@ -293,6 +294,22 @@ class Server:
         if model_id != self.model_id:
             message = f"There is no model {model_id!r} here; there is {self.model_id!r}."
             raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def page_policy(page: str) -> str:
+    """Content-Security-Policy: this page's own script and style, known by their hashes, and
+    connections to this server; nothing else, whatever an answer may bring into the page."""
+
+    def hashes(tag: str) -> str:
+        texts = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = [base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in texts]
+        return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
 
 
 @contextmanager

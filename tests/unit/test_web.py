@@ -1,7 +1,6 @@
 """The HTTP API, over real connections: OpenAI's own client, bad requests, crowds, disconnects."""
 
 import concurrent.futures
-import contextlib
 import json
 import os
 import random
@@ -9,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +16,7 @@ import httpx
 import openai
 import psutil
 import pytest
-import uvicorn
+from serving import serving
 
 from nanochat.chat import web
 from nanochat.chat.server import Limits, Server
@@ -34,23 +32,6 @@ KNOWN = {
     "Say hi.": "hi",
     "What is 27 + 45?": "It is 72.",
 }
-
-
-@contextlib.contextmanager
-def serving(server: Server) -> Iterator[str]:
-    """The server on a free port of loopback, in a thread; yields its address."""
-    listener = web.listen("127.0.0.1", 0)
-    config = uvicorn.Config(server.app, log_level="warning", timeout_graceful_shutdown=5)
-    runner = uvicorn.Server(config)
-    thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        while not runner.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        runner.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +263,8 @@ def test_the_context_and_the_model_are_checked(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as error:
         ask(client, "a" * 300)
     assert error.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="leaves room for"):
+        ask(client, "Say hi.", max_tokens=90)
     with pytest.raises(openai.NotFoundError) as not_found:
         client.completions.create(model="gpt-4", prompt="x")
     assert not_found.value.code == "model_not_found"
@@ -356,7 +339,9 @@ def test_a_full_queue_is_429_with_a_time_to_try_again(tiny_run: RunDir) -> None:
     body = {"prompt": "x", "temperature": 0}
     with serving(server) as url, concurrent.futures.ThreadPoolExecutor(16) as pool:
         answers = list(
-            pool.map(lambda _: httpx.post(f"{url}/v1/completions", json=body), range(16))
+            pool.map(
+                lambda _: httpx.post(f"{url}/v1/completions", json=body, timeout=60), range(16)
+            )
         )
     by_status = {status: [a for a in answers if a.status_code == status] for status in (200, 429)}
     assert len(by_status[200]) + len(by_status[429]) == 16

@@ -12,6 +12,7 @@ from nanochat.tokenizer import Tokenizer, render_conversation
 ANSWERS = {
     "Who are you?": "A tiny model, très petit.",
     "Say hi.": "hi",
+    "Show an image.": "<img src=x onerror=boom()> **b**",
     "What is 27 + 45?": [
         {"type": "python", "text": "27 + 45"},
         {"type": "python_output", "text": "72"},
