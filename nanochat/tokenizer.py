@@ -97,6 +97,10 @@ class TokenizerLike(Protocol):
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes of each token, int32 of vocab_size; 0 for special and unused ids."""
 
+    @property
+    def description(self) -> dict[str, Any]:
+        """All that determines the ids, as JSON: what `save` writes."""
+
     def save(self, folder: Path) -> None:
         """Write the tokenizer as one file, atomically; the folder is made if need be."""
 
@@ -132,6 +136,10 @@ class _Vocabulary:
     def fingerprint(self) -> str:
         canonical = json.dumps(self._description, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def description(self) -> dict[str, Any]:
+        return self._description
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -313,7 +321,8 @@ class CharTokenizer(_Vocabulary):
         return ids.astype(np.int32)
 
     def encode(self, text: str) -> list[int]:
-        return self._ids(text).tolist()
+        ids: list[int] = self._ids(text).tolist()
+        return ids
 
     def encode_batch(
         self, texts: Sequence[str], num_threads: int = 1, prepend_bos: bool = False
