@@ -11,8 +11,9 @@ N_ROWS, WIDTH, VOCAB = 37, 8, 53
 
 
 @pytest.fixture(autouse=True)
-def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 10 * VOCAB * 4)
+def several_chunks_of_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 10 * VOCAB * 8)
+    monkeypatch.setitem(loss.BLOCK_BYTES, "cpu", 3 * VOCAB * 8 // torch.get_num_threads())
 
 
 def inputs(dtype: torch.dtype, spread: float = 3.0) -> tuple[torch.Tensor, ...]:
