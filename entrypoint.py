@@ -4,23 +4,20 @@ No logic and no torch here, also indirectly, so that every `--help` answers at o
 needs is imported when it runs.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from infra.privileges import enter_image
+from nanochat.arguments import EXIT_SPEC, Parser, chat_parser, export_parser, serve_parser
 
-EXIT_SPEC = 78
 EXIT_INTERRUPTED = 130
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with the contract's exit code for wrong arguments."""
-
-    def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(EXIT_SPEC, f"{self.prog}: {message}\n")
+MODEL_VERBS = {
+    "chat": (chat_parser, "talk to a trained model"),
+    "serve": (serve_parser, "a web page and an OpenAI-compatible API on port 8000"),
+    "export": (export_parser, "weights for Hugging Face transformers"),
+}
 
 
 def build_parser() -> Parser:
@@ -73,15 +70,17 @@ def build_parser() -> Parser:
     p.add_argument("config", nargs="?", metavar="@CONFIG", help="check for this spec")
     p.add_argument("overrides", nargs="*", metavar="section.field=value")
 
-    p = verbs.add_parser("chat", add_help=False, help="talk to a trained model")
-    p.add_argument("arguments", nargs=argparse.REMAINDER)
+    for verb, (parser_of, text) in MODEL_VERBS.items():
+        verbs.add_parser(verb, parents=[parser_of(add_help=False)], help=text)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code of the contract."""
     enter_image(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(argv)
+    args.after_verb = argv[1:]
     from infra import verbs
 
     if args.version:

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 PR_SET_PDEATHSIG = 1
+APP_DIR = Path(__file__).resolve().parent.parent
 
 
 def _die_with_parent() -> None:
@@ -97,7 +98,14 @@ def stage_env(num_ranks: int, num_threads: int | None) -> dict[str, str]:
     same bits only with the same count.
     """
     threads = num_threads or max(1, len(_usable_cpus()) // num_ranks)
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    own = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **own, **python_path()}
+
+
+def python_path() -> dict[str, str]:
+    """So that a child process finds this checkout from any folder, installed or not."""
+    folders = [str(APP_DIR), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {"PYTHONPATH": os.pathsep.join(folders)}
 
 
 def _usable_cpus() -> set[int]:

@@ -6,16 +6,18 @@ Facts go to stdout (one JSON document with --json), progress and errors to stder
 import argparse
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from infra import hardware, planner, preflight
 from infra.console import Console, render_status
 from infra.privileges import lost_with_container
+from infra.processes import python_path
 from infra.supervisor import Price, Supervisor
 from nanochat.offline import install_guard
 from nanochat.rundir import (
@@ -45,7 +47,9 @@ def run_verb(args: argparse.Namespace) -> int:
         "compare": compare,
         "fetch": fetch,
         "doctor": doctor,
-        "chat": chat,
+        "chat": use_model,
+        "serve": use_model,
+        "export": use_model,
     }
     install_guard()
     try:
@@ -202,9 +206,16 @@ def doctor(args: argparse.Namespace) -> int:
     return max((f.exit_code for f in facts), default=EXIT_DONE)
 
 
-def chat(args: argparse.Namespace) -> int:
-    """Talk to a model in the terminal (needs torch, so it is a process of its own)."""
-    return subprocess.call([sys.executable, "-m", "nanochat.chat.cli", *args.arguments])
+def use_model(args: argparse.Namespace) -> NoReturn:
+    """Become the program that loads the model: it needs torch, and the terminal's signals."""
+    module = {
+        "chat": "nanochat.chat.cli",
+        "serve": "nanochat.chat.web",
+        "export": "nanochat.export",
+    }
+    command = [sys.executable, "-m", module[args.verb], *args.after_verb]
+    sys.stdout.flush()
+    os.execve(sys.executable, command, os.environ | python_path())
 
 
 def _load(args: argparse.Namespace) -> RunSpec:

@@ -4,7 +4,6 @@ The folder is complete when its README.md, the model card, stands in it. Exits 7
 wrong arguments or a run that has nothing to export yet.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -13,9 +12,10 @@ from typing import Any
 
 import torch
 
+from nanochat.arguments import export_parser
 from nanochat.checkpoint import CheckpointError
 from nanochat.hf import write_folder
-from nanochat.load import STAGE_OF, Loaded, load_trained
+from nanochat.load import Loaded, load_trained
 from nanochat.offline import install_guard
 from nanochat.rundir import EXIT_DONE, EXIT_SPEC, RunDir, RunDirError, atomic_write_text, find_run
 from nanochat.spec import WEIGHT_STAGES, SpecError
@@ -24,23 +24,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CARD = "README.md"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nanochat export",
-        description="Write a model as Hugging Face transformers loads it (NanoChatForCausalLM).",
-    )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="the run, by folder or by name")
-    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="where to write")
-    parser.add_argument("-i", dest="stage", choices=STAGE_OF, help="whose weights; the newest")
-    parser.add_argument("--best", action="store_true", help="best validation instead of newest")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights")
-    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Export; returns the exit code of the contract."""
-    args = build_parser().parse_args(argv)
+    args = export_parser().parse_args(argv)
     install_guard()
     try:
         run = find_run(args.run_dir)

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from nanochat import hf
+from nanochat.arguments import STAGE_OF
 from nanochat.gpt import GPT
 from nanochat.rundir import RunDir, find_run, newest_stage
 from nanochat.scaling import gpt_config
@@ -18,8 +19,6 @@ from nanochat.tokenizer import TokenizerLike, load_tokenizer
 from nanochat.weights import load_weights
 
 Which = Literal["latest", "best"]
-STAGE_OF = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
-"""The short names of `chat -i`."""
 
 
 @dataclass(frozen=True)

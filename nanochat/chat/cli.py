@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from nanochat.arguments import chat_parser
 from nanochat.chat.session import Session, Settings
 from nanochat.checkpoint import CheckpointError
 from nanochat.engine import Engine
-from nanochat.load import STAGE_OF, open_trained
+from nanochat.load import open_trained
 from nanochat.offline import install_guard
 from nanochat.rundir import EXIT_DONE, EXIT_SPEC, RunDirError, nanochat_home
 from nanochat.spec import SpecError
@@ -28,38 +29,9 @@ HELP = """\
 /quit           end (also Ctrl-D); Ctrl-C ends an answer"""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nanochat chat", description="Talk to a trained model in the terminal."
-    )
-    parser.add_argument(
-        "run_dir", metavar="RUN_DIR", help="a run, by folder or name, or an exported folder"
-    )
-    parser.add_argument(
-        "-i",
-        dest="stage",
-        choices=STAGE_OF,
-        help="whose weights: of base, mid, sft or rl training; unset: the newest. base continues "
-        "text instead of answering",
-    )
-    parser.add_argument("--best", action="store_true", help="best validation instead of newest")
-    parser.add_argument("--prompt", metavar="TEXT", help="print the answer to TEXT and end")
-    parser.add_argument(
-        "--temperature", type=float, help="default 0.6, with --prompt 0 (the likeliest answer)"
-    )
-    parser.add_argument("--top-k", type=int, default=50, help="likeliest tokens to choose from")
-    parser.add_argument("--max-tokens", type=int, default=256, help="length of an answer at most")
-    parser.add_argument("--seed", type=int, help="for the same answers again")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument(
-        "--json", action="store_true", help="with --prompt: the answer and its facts as JSON"
-    )
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Chat or answer; returns the exit code of the contract."""
-    args = build_parser().parse_args(argv)
+    args = chat_parser().parse_args(argv)
     install_guard()
     try:
         session = open_session(args)

@@ -16,55 +16,18 @@ from types import FrameType
 
 import uvicorn
 
+from nanochat.arguments import serve_parser
 from nanochat.chat.server import Limits, Server
 from nanochat.checkpoint import CheckpointError
-from nanochat.load import STAGE_OF, open_trained
+from nanochat.load import open_trained
 from nanochat.offline import install_guard
 from nanochat.rundir import EXIT_DONE, EXIT_SPEC, RunDirError
 from nanochat.spec import SpecError
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nanochat serve",
-        description="Serve a trained model: a web page and an OpenAI-compatible API.",
-    )
-    parser.add_argument(
-        "run_dir", metavar="RUN_DIR", help="a run, by folder or name, or an exported folder"
-    )
-    parser.add_argument("-i", dest="stage", choices=STAGE_OF, help="whose weights; the newest")
-    parser.add_argument("--best", action="store_true", help="best validation instead of newest")
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on; 0.0.0.0 is every one (default: this machine only)",
-    )
-    parser.add_argument("--port", type=int, default=8000, help="0: any free one (default 8000)")
-    parser.add_argument(
-        "--api-key-file", type=Path, help="file whose text every client must send as a bearer key"
-    )
-    parser.add_argument(
-        "--cors-origin", action="append", default=[], help="site whose pages may use the API"
-    )
-    parser.add_argument("--max-batch", type=int, default=16, help="requests answered at a time")
-    parser.add_argument(
-        "--max-waiting",
-        type=int,
-        default=Limits.max_waiting,
-        help="requests that may wait; more get 429",
-    )
-    parser.add_argument("--max-tokens", type=int, default=Limits.max_tokens, help="of one answer")
-    parser.add_argument("--max-body-kib", type=int, default=1024, help="of one request")
-    parser.add_argument("--time-limit-s", type=float, default=Limits.time_limit_s)
-    parser.add_argument("--drain-s", type=int, default=20, help="for answers in flight at the end")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--compile", action="store_true", help="use torch.compile")
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until told to stop; returns the exit code of the contract."""
-    args = build_parser().parse_args(argv)
+    args = serve_parser().parse_args(argv)
     install_guard()
     try:
         with listen(args.host, args.port) as listener:

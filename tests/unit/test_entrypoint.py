@@ -11,7 +11,9 @@ import pytest
 import entrypoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-VERBS = ["plan", "run", "status", "stop", "report", "compare", "doctor", "chat"]
+VERBS = [
+    "plan", "run", "status", "stop", "report", "compare", "fetch", "doctor", "chat", "serve", "export",
+]  # fmt: skip
 PLAN_KEYS = {
     "name", "offer", "n_params", "n_params_matmul", "usd_per_hour", "hours", "usd", "verdict",
     "reasons", "alternatives", "checkpoint_gib", "stages",
