@@ -53,6 +53,16 @@ def build_parser() -> Parser:
     p = verbs.add_parser("run", parents=[spec, as_json], help="every stage; again: resume")
     p.add_argument("--run-dir", metavar="DIR", help="default: NANOCHAT_HOME/runs/NAME")
 
+    p = verbs.add_parser("launch", parents=[spec, as_json], help="run it elsewhere")
+    p.add_argument("--to", required=True, choices=["docker"], help="where")
+    p.add_argument("--dry-run", action="store_true", help="what would be sent, and its worst case")
+    p.add_argument("--image", default="", help="default: the image of this version")
+    p.add_argument("--volume", default="nanochat", help="volume by name, or an existing folder")
+    p.add_argument("--memory-gib", type=float, help="memory limit of the container")
+    p.add_argument("--user", metavar="UID:GID", help="user that owns the files of the run")
+    p.add_argument("--no-network", action="store_true", help="cut the container off")
+    p.add_argument("--detach", action="store_true", help="return as soon as it runs")
+
     p = verbs.add_parser("status", parents=[as_json], help="what runs, its exit code and cost")
     p.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="default: every known run")
 
@@ -79,14 +89,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code of the contract."""
     enter_image(argv)
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, others = parser.parse_known_args(argv)
+    if others and (not hasattr(args, "overrides") or any(o.startswith("-") for o in others)):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if others:  # argparse takes positionals in one piece only: these stood behind an option
+        args.overrides = [*args.overrides, *others]
     args.after_verb = argv[1:]
     from infra import verbs
 
     if args.version:
         return verbs.version()
     if args.verb is None:
-        build_parser().print_help()
+        parser.print_help()
         return EXIT_SPEC
     try:
         return verbs.run_verb(args)

@@ -4,6 +4,7 @@ Facts go to stdout (one JSON document with --json), progress and errors to stder
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -16,6 +17,8 @@ from typing import Any, NoReturn
 
 from infra import hardware, planner, preflight
 from infra.console import Console, render_status
+from infra.launch import docker
+from infra.launch.base import Job, LaunchError
 from infra.privileges import lost_with_container
 from infra.processes import python_path
 from infra.supervisor import Price, Supervisor
@@ -41,6 +44,7 @@ def run_verb(args: argparse.Namespace) -> int:
     verbs: dict[str, Callable[[argparse.Namespace], int]] = {
         "plan": plan,
         "run": run,
+        "launch": launch,
         "status": status,
         "stop": stop,
         "report": report,
@@ -57,6 +61,9 @@ def run_verb(args: argparse.Namespace) -> int:
     except (SpecError, RunDirError) as e:
         _say(f"nanochat {args.verb}: {e}")
         return EXIT_SPEC
+    except LaunchError as e:
+        _say(f"nanochat {args.verb}: {e}")
+        return e.exit_code
 
 
 def version() -> int:
@@ -125,8 +132,38 @@ def run(args: argparse.Namespace) -> int:
     return exit_code
 
 
+def launch(args: argparse.Namespace) -> int:
+    """Render the job and submit it; the exit code is the run's."""
+    spec = _load(args)
+    made = planner.make_plan(spec, hardware.parse_offer(spec.offer))
+    if made.verdict == "refused":
+        _say(made.render())
+        return EXIT_SPEC
+    job = Job(
+        config=args.config[1:], overrides=tuple(args.overrides), spec=spec, plan=made.to_json()
+    )
+    options = docker.DockerOptions(
+        image=args.image,
+        volume=args.volume,
+        memory_gib=args.memory_gib,
+        network=not args.no_network,
+        detach=args.detach,
+        user=args.user,
+        secrets=docker.present_secrets(os.environ),
+    )
+    if not args.dry_run:
+        return docker.submit(job, options)
+    rendered = docker.render(job, options)
+    document = {"to": args.to, "sent": rendered.text, "worst_case_usd": rendered.worst_case_usd}
+    _print(args.json, document, lambda _: rendered.dry_run())
+    return EXIT_DONE
+
+
 def status(args: argparse.Namespace) -> int:
     """What runs, how far, its cost; with one run its exit code is returned when it has ended."""
+    if args.run_dir and (containers := _containers(args.run_dir)):
+        _print(args.json, containers[0], lambda c: f"{c['container']}: {c['message']}")
+        return int(containers[0]["exit_code"] or EXIT_DONE)
     if args.run_dir:
         runs = [find_run(args.run_dir)]
     else:
@@ -141,6 +178,8 @@ def status(args: argparse.Namespace) -> int:
 
 def stop(args: argparse.Namespace) -> int:
     """Ask a run to stop with a checkpoint, and wait until it has."""
+    if _containers(args.run_dir):
+        return docker.stop(args.run_dir)
     run_dir = find_run(args.run_dir)
     before = _status_of(run_dir)
     if before["state"] != "RUNNING":
@@ -225,6 +264,16 @@ def _load(args: argparse.Namespace) -> RunSpec:
     if not path.exists() and (APP_DIR / path).exists():
         path = APP_DIR / path
     return load_spec(path, args.overrides)
+
+
+def _containers(name: str) -> list[dict[str, Any]]:
+    """Containers that `launch --to docker` has made for a run that is not on this machine."""
+    try:
+        find_run(name)
+    except RunDirError:
+        with contextlib.suppress(LaunchError):
+            return docker.status(name)
+    return []
 
 
 def _rehearse(spec: RunSpec, document: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ import entrypoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 VERBS = [
-    "plan", "run", "status", "stop", "report", "compare", "fetch", "doctor", "chat", "serve", "export",
+    "plan", "run", "launch", "status", "stop", "report", "compare", "fetch", "doctor", "chat", "serve", "export",
 ]  # fmt: skip
 PLAN_KEYS = {
     "name", "offer", "n_params", "n_params_matmul", "usd_per_hour", "hours", "usd", "verdict",
@@ -106,3 +106,17 @@ def test_help_is_quick() -> None:
     started = time.monotonic()
     assert nanochat("run", "--help").returncode == 0
     assert time.monotonic() - started < 1.0  # a ceiling of the contract
+
+
+def test_overrides_may_stand_behind_options(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "@configs/e2e.toml", "--json", "model.depth=3"]
+    assert entrypoint.main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["n_params"] > 163_840
+
+
+def test_launch_dry_run_prints_what_would_be_sent(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["launch", "@configs/e2e.toml", "--to", "docker", "--dry-run", "--json"]
+    assert entrypoint.main(arguments) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["worst_case_usd"] == 0.0
+    assert "@/run/nanochat/e2e.toml" in document["sent"]
