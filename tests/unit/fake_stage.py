@@ -1,7 +1,8 @@
 """A stage for the supervisor's tests: does what FAKE_STAGE (a JSON plan) tells it per attempt.
 
 `fake_stage.py STAGE RUN_DIR`; the plan maps a stage to a list of acts, one per attempt:
-done, stopped_when_asked, fail:CODE, die, hang, again, ignore_stop.
+done, stopped_when_asked, fail:CODE, die, hang, again, ignore_stop, step_s:SECONDS (tells its speed,
+then waits for a stop), vanish (takes the run directory along).
 """
 
 import json
@@ -38,6 +39,15 @@ elif act == "stopped_when_asked":
 elif act.startswith("fail:"):
     code = int(act.split(":")[1])
     run.write_outcome(Outcome(stage=stage, outcome="failed", message="because", exit_code=code))
+elif act.startswith("step_s:"):
+    told = {"step": 50, "num_steps": 1000, "num_timed": 50, "save_s": 0.1, "eval_s": 0.2}
+    while run.stop_request() is None:
+        run.write_progress(stage, "train", median_step_s=float(act.split(":")[1]), **told)
+        time.sleep(0.02)
+    run.write_outcome(Outcome(stage=stage, outcome="stopped", step=60))
+elif act == "vanish":
+    run.path.rename(run.path.with_name("elsewhere"))
+    time.sleep(60)
 elif act == "again":
     run.write_outcome(Outcome(stage=stage, outcome="again", message="smaller"))
 else:

@@ -1,11 +1,13 @@
 """The run directory: files that survive kills, one writer, derived metrics."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -46,6 +48,97 @@ def test_spec_is_frozen_and_another_one_is_refused_by_field(run: RunDir) -> None
     with pytest.raises(RunDirError, match="model.depth: 2 -> 3"):
         run.freeze_spec(RunSpec(name="x", model=Model(depth=3)))
     assert run.spec_file.read_bytes() == before
+
+
+def changed(**sections: Any) -> RunSpec:
+    return RunSpec.model_validate(SPEC.model_dump() | sections)
+
+
+def test_another_machine_may_resume_and_is_noted(run: RunDir) -> None:
+    run.freeze_spec(SPEC)
+    before = run.spec_file.read_bytes()
+    here = changed(offer="4xH100-SXM", runtime={"num_ranks": 4}, budget={"max_usd": 9.0})
+    run.freeze_spec(here)
+    run.freeze_spec(here)
+    assert run.spec() == here
+    assert run.spec_file.read_bytes() == before
+    [note] = run.resolved("spec")
+    assert "runtime.num_ranks: null -> 4" in note["changes"]
+    with pytest.raises(RunDirError, match="model.depth: 2 -> 3") as refused:
+        run.freeze_spec(changed(model={"depth": 3}, runtime={"num_ranks": 2}))
+    assert "num_ranks" not in str(refused.value)
+    run.freeze_spec(SPEC)
+    assert run.spec() == SPEC
+    assert len(run.resolved("spec")) == 2
+
+
+def test_a_budget_that_is_the_horizon_is_part_of_the_schedule(run: RunDir) -> None:
+    base = {"horizon": "budget", "total_batch_size": 2048}
+    spec = changed(base_train=base, budget={"max_hours": 1.0})
+    run.freeze_spec(spec)
+    with pytest.raises(RunDirError, match="budget.max_hours: 1.0 -> 2.0"):
+        run.freeze_spec(changed(base_train=base, budget={"max_hours": 2.0}))
+    run.freeze_spec(changed(base_train=base, budget={"max_hours": 1.0, "usd_per_hour": 3.0}))
+    run.write_outcome(Outcome(stage="base_train", outcome="done"))
+    run.freeze_spec(changed(base_train=base, budget={"max_hours": 2.0}))
+    assert run.spec().budget.max_hours == 2.0
+
+
+def test_the_plan_of_the_last_machine_holds(run: RunDir) -> None:
+    first = {"offer": "8xH100-SXM", "world_size": 8, "usd_per_hour": 21.5, "hours": 4.0}
+    run.freeze_plan(first)
+    run.freeze_plan(first | {"hours": 4.1})  # a forecast; the machine is the same
+    assert run.plan() == first and run.resolved("plan") == []
+    second = first | {"offer": "4xH100-SXM", "world_size": 4}
+    run.freeze_plan(second)
+    assert run.plan() == second
+    assert read_json(run.plan_file) == first
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "says"),
+    [
+        (errno.ENOSPC, 78, "is full"),
+        (errno.EDQUOT, 78, "is full"),
+        (errno.EROFS, 78, "read-only"),
+        (errno.ESTALE, 77, "is gone"),
+        (errno.EIO, 77, "is gone"),
+    ],
+)
+def test_trouble_with_the_volume(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, number: int, code: int, says: str
+) -> None:
+    assert run.volume_trouble() is None
+
+    def fail(path: Path, text: str) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr("nanochat.rundir.atomic_write_text", fail)
+    trouble = run.volume_trouble()
+    assert trouble is not None
+    assert trouble[0] == code and says in trouble[1] and "last complete checkpoint" in trouble[1]
+
+
+def test_a_volume_that_is_not_mounted_any_more(tmp_path: Path) -> None:
+    trouble = RunDir(tmp_path / "gone").volume_trouble()
+    assert trouble is not None and trouble[0] == 77 and "No such file" in trouble[1]
+
+
+def test_progress_on_a_full_volume_is_still_a_sign_of_life(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run.last_sign_s("base_train") is None
+    run.write_progress("base_train", "train", step=3)
+    os.utime(run.progress_file("base_train"), (1000.0, 1000.0))
+
+    def full(self: Path, text: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    run.write_progress("base_train", "train", step=4)
+    assert run.progress("base_train")["step"] == 3
+    sign_s = run.last_sign_s("base_train")
+    assert sign_s is not None and abs(time.time() - sign_s) < 60
 
 
 @given(st.lists(st.dictionaries(st.text(max_size=5), st.integers()), max_size=8), st.data())

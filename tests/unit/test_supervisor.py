@@ -1,5 +1,6 @@
 """The supervisor turns what happens to stages into exit codes, and leaves nothing running."""
 
+import errno
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,17 @@ import pytest
 from infra import budget
 from infra.console import Console
 from infra.supervisor import Price, Supervisor, hang_limit_s
-from nanochat.rundir import RunDir, RunDirError, StopReason, read_jsonl
+from nanochat.rundir import RunDir, RunDirError, StopReason, append_jsonl, read_jsonl
 from nanochat.spec import RunSpec
 
 FAKE = Path(__file__).with_name("fake_stage.py")
-PLAN = {"usd_per_hour": 0.0, "hours": 0.1, "stages": []}
+PLAN: dict[str, Any] = {
+    "offer": "cpu",
+    "world_size": 1,
+    "usd_per_hour": 0.0,
+    "hours": 0.1,
+    "stages": [],
+}
 
 
 def make_spec(**changes: Any) -> RunSpec:
@@ -43,16 +51,19 @@ Supervise = Callable[..., tuple[int, RunDir]]
 @pytest.fixture
 def supervise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervise:
     def supervise(
-        plan: dict[str, list[str]], spec: RunSpec | None = None, usd_per_hour: float = 0.0
+        acts: dict[str, list[str]],
+        spec: RunSpec | None = None,
+        usd_per_hour: float = 0.0,
+        plan: dict[str, Any] = PLAN,
     ) -> tuple[int, RunDir]:
-        monkeypatch.setenv("FAKE_STAGE", json.dumps({"data_fetch": ["done"]} | plan))
+        monkeypatch.setenv("FAKE_STAGE", json.dumps({"data_fetch": ["done"]} | acts))
         monkeypatch.setenv("PYTHONPATH", str(FAKE.parent.parent.parent))
         spec = spec or make_spec()
         run = RunDir(tmp_path / "run")
         supervisor = Supervisor(
             spec,
             run,
-            PLAN,
+            plan,
             Price(usd_per_hour, "test"),
             1,
             Console(run, spec.stages, stream=io.StringIO()),
@@ -118,6 +129,7 @@ def test_a_hung_stage_is_ended_and_continued(supervise: Supervise) -> None:
 def test_out_of_memory_restarts_do_not_count(supervise: Supervise) -> None:
     code, run = supervise(ALL_DONE | {"base_train": [*["again"] * 5, "done"]})
     assert code == 0
+    assert [m["event"] for m in read_jsonl(run.metrics_file)] == ["again"] * 5
     assert len(acts(run)) == 8
 
 
@@ -162,12 +174,119 @@ def test_a_person_stops_it_by_file(supervise: Supervise, tmp_path: Path) -> None
 
 
 def test_the_budget_stops_it_with_a_report(supervise: Supervise) -> None:
-    spec = make_spec(budget={"max_hours": 1.5 / 3600})
+    spec = make_spec(budget={"max_hours": 8 / 3600})
     code, run = supervise({"base_train": ["stopped_when_asked"], "report": ["done"]}, spec)
     assert code == 76
     assert acts(run)[-1] == ("report", "done")
     usd, used_s = budget.spent(list(read_jsonl(run.ledger_file)), time.time())
     assert usd == 0.0 and used_s > 0
+
+
+SPEED_PLAN = PLAN | {
+    "stages": [{"stage": "base_train", "hours": 0.1, "total_batch_size": 8, "tokens_per_s": 80.0}],
+    "other_stages": [{"stage": "report", "hours": 0.001}],
+}
+
+
+def test_a_slow_stage_is_told_early(supervise: Supervise, tmp_path: Path) -> None:
+    """950 steps of 0.3 s are left, planned were 0.1 s, and the budget has a minute."""
+    spec = make_spec(base_train={"num_steps": 1000, "total_batch_size": 8},
+                     budget={"max_hours": 60 / 3600})  # fmt: skip
+    run = RunDir(tmp_path / "run")
+    _when(lambda: bool(run.resolved("replan")), lambda: run.request_stop(StopReason.USER, 0.0))
+    code, _ = supervise({"base_train": ["step_s:0.3"]}, spec, usd_per_hour=7.2, plan=SPEED_PLAN)
+    assert code == 75
+    [facts] = run.resolved("replan")
+    assert facts["planned_step_s"] == 0.1 and facts["step_s"] == 0.3 and not facts["fits"]
+    # its own end (a save of at least 1 s, a look of 0.2 s) and a report three times as slow
+    assert facts["needed_s"] == pytest.approx(950 * 0.3 + 1.2 + 3 * 3.6)
+    assert 50 < facts["left_s"] <= 60
+    assert facts["ends_at_step"] == 50 + int((facts["left_s"] - 1.2 - 3 * 3.6) / 0.3)
+    [warning] = [m["message"] for m in run.metrics() if m.get("event") == "warning"]
+    assert "0.33 times the planned speed" in warning and "$0.5" in warning
+    assert f"stop at about step {facts['ends_at_step']}" in warning
+
+
+def test_a_stage_that_fits_is_noted_without_a_warning(supervise: Supervise, tmp_path: Path) -> None:
+    spec = make_spec(base_train={"num_steps": 1000, "total_batch_size": 8},
+                     budget={"max_hours": 1.0})  # fmt: skip
+    run = RunDir(tmp_path / "run")
+    _when(lambda: bool(run.resolved("replan")), lambda: run.request_stop(StopReason.USER, 0.0))
+    supervise({"base_train": ["step_s:0.05"]}, spec, plan=SPEED_PLAN)
+    [facts] = run.resolved("replan")
+    assert facts["fits"] and facts["ends_at_step"] is None
+    assert [m for m in run.metrics() if m.get("event") == "warning"] == []
+
+
+def test_a_volume_that_vanishes_means_an_unfit_node(supervise: Supervise, tmp_path: Path) -> None:
+    code, run = supervise({"base_train": ["vanish"]})
+    assert code == 77
+    assert not run.path.exists()
+    (tmp_path / "elsewhere").rename(run.path)
+    assert_nothing_runs(run)
+    run.lease_file.unlink()  # of this process, which lives
+    assert supervise(ALL_DONE)[0] == 0
+
+
+def test_a_full_volume_holds_up_only_what_the_supervisor_writes(
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage decides: its next checkpoint fits, or it does not."""
+    write_status = RunDir.write_status
+
+    def full(self: RunDir, status: dict[str, Any]) -> None:
+        if status["state"] == "RUNNING":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_status(self, status)
+
+    monkeypatch.setattr(RunDir, "write_status", full)
+    assert supervise(ALL_DONE)[0] == 0
+
+
+def test_a_stage_that_dies_on_a_full_volume_is_78(
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trouble = (78, "the volume of here is full; the last complete checkpoint is kept")
+    monkeypatch.setattr(RunDir, "volume_trouble", lambda self: trouble)
+    code, run = supervise({"base_train": ["die"]})
+    assert code == 78
+    status = run.status()
+    assert status is not None and "is full" in status["message"]
+    assert acts(run)[-1] == ("base_train", "die") and len(acts(run)) == 2
+
+
+def test_the_budget_counts_while_the_ledger_cannot_be_written(
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Supervisor, event: str) -> None:
+        if event != "start":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append_jsonl(self.run_dir.ledger_file, self._record(event, time.time() - 40.0))
+
+    monkeypatch.setattr(Supervisor, "_ledger", full)
+    spec = make_spec(budget={"max_hours": 42 / 3600})
+    code, _ = supervise({"base_train": ["stopped_when_asked"], "report": ["done"]}, spec)
+    assert code == 76
+
+
+def test_an_evaluation_before_the_end_is_done_again_when_the_run_goes_on(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    spec = make_spec(
+        budget={"max_hours": 1.0},
+        mid_train={"num_steps": 1, "total_batch_size": 8, "mixture": {"copying": 1}},
+        evaluate={"tasks": ["copying"]},
+    )
+    plan = {"base_train": ["done"], "mid_train": ["stopped_when_asked", "done"]}
+    ends = {"evaluate": ["done"], "report": ["done"]}
+    run = RunDir(tmp_path / "run")
+    ask = partial(run.request_stop, StopReason.BUDGET, time.time() + 60)
+    _when(lambda: run.progress_file("mid_train").exists(), ask)
+    assert supervise(plan | ends, spec)[0] == 76
+    assert acts(run)[-2:] == [("evaluate", "done"), ("report", "done")]
+    assert not run.is_done("evaluate") and not run.is_done("report")
+    assert supervise(plan | ends, spec)[0] == 0
+    assert run.is_done("evaluate") and run.is_done("report")
 
 
 def test_another_spec_in_the_same_directory_is_refused(supervise: Supervise) -> None:
@@ -184,16 +303,19 @@ def test_hang_limit_follows_the_steps() -> None:
     assert hang_limit_s({"phase": "evaluate", "median_step_s": 0.1}, 2.0) > 600
 
 
-def _when_running(tmp_path: Path, act: Callable[[], None]) -> None:
-    progress = tmp_path / "run" / "stages" / "base_train.progress.json"
-
+def _when(condition: Callable[[], bool], act: Callable[[], None]) -> None:
     def wait() -> None:
         deadline = time.monotonic() + 20
-        while not progress.exists() and time.monotonic() < deadline:
+        while not condition() and time.monotonic() < deadline:
             time.sleep(0.01)
         act()
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def _when_running(tmp_path: Path, act: Callable[[], None]) -> None:
+    progress = tmp_path / "run" / "stages" / "base_train.progress.json"
+    _when(progress.exists, act)
 
 
 def _signal_when_running(tmp_path: Path, signals: list[int]) -> None:
