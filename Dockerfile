@@ -6,7 +6,8 @@
 #                                      data (by fetch) --+       -> test
 #
 # Build arguments:
-#   DATA              smoke, cpu, d20 or none: whose data is baked into /opt/nanochat/data
+#   DATA              smoke, cpu, d20, none or a config's name: what /opt/nanochat/data holds
+#   HF_ENDPOINT       a mirror of the Hugging Face hub to fetch it from
 #   SKYPILOT_RUNTIME  1 or 0: with what SkyPilot and RunPod else install at the price of the GPUs
 #   REQUIREMENTS      lock file of the Python packages; another one brings another torch or CUDA
 #   VERSION, REVISION, CREATED   for the labels
@@ -131,6 +132,7 @@ RUN cd /build \
 
 FROM dependencies AS data
 ARG DATA=smoke
+ARG HF_ENDPOINT
 COPY --from=app /out/ /
 COPY infra/image/bake_data.sh /build/
 RUN --mount=type=cache,target=/var/cache/nanochat-data,uid=1000,gid=1000 \
