@@ -6,10 +6,12 @@ that asking about a stop does not wait for the GPU.
 """
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -106,6 +108,7 @@ def init(device_type: str, timeout_s: float = 1800.0) -> Dist:
     rank, local_rank = int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
     world_size = int(env.get("WORLD_SIZE", 1))
     device = torch.device(device_type, local_rank) if device_type == "cuda" else device_type
+    choose_float32_kernels(device_type)
     if device_type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1:
@@ -117,6 +120,35 @@ def init(device_type: str, timeout_s: float = 1800.0) -> Dist:
     return Dist(
         rank=rank, local_rank=local_rank, world_size=world_size, device=torch.device(device)
     )
+
+
+def choose_float32_kernels(device_type: str) -> None:
+    """Let float32 products run on the kernels that are fast on this device.
+
+    CUDA: TF32. AMD CPUs: oneDNN, which torch takes at "medium" only; it reached 200 GFLOP/s per
+    core of a Zen 5 where MKL, the default, reached 90, with the same rounding error (8e-7 of the
+    largest entry). Where "medium" does round to bf16 (CPUs with AMX), and on other CPUs, the
+    default stays. By the processor's name and not by a timing, so that a resume chooses the same.
+    """
+    if device_type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    elif device_type == "cpu" and _is_amd_cpu():
+        torch.set_float32_matmul_precision("medium")
+        if _product_error() > 1e-5:
+            torch.set_float32_matmul_precision("highest")
+
+
+def _is_amd_cpu() -> bool:
+    facts = Path("/proc/cpuinfo")
+    return platform.machine() == "x86_64" and facts.exists() and "AuthenticAMD" in facts.read_text()
+
+
+def _product_error() -> float:
+    """Largest error of a float32 product against float64, relative to its largest entry."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(2, 256, 256, generator=generator)
+    exact = left.double() @ right.double()
+    return float((left @ right - exact).abs().max() / exact.abs().max())
 
 
 def shutdown() -> None:

@@ -9,6 +9,7 @@ from ranks import on_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from nanochat import distributed
 from nanochat.checkpoint import Checkpointer
 from nanochat.distributed import Dist, seed_rank
 from nanochat.gpt import GPT, shard_model
@@ -177,3 +178,28 @@ def test_what_ranks_tell_each_other(by_world_size: dict[int, list[dict[str, Any]
 def test_one_rank_needs_no_group(by_world_size: dict[int, list[dict[str, Any]]]) -> None:
     facts = by_world_size[1][0]["talk"]
     assert (facts["flag"], facts["sum"], facts["mean"], facts["main"]) == (40, 1.0, 1.0, True)
+
+
+@pytest.mark.parametrize("amd", [True, False])
+@pytest.mark.parametrize("rounds_to_bf16", [True, False])
+def test_fast_float32_kernels_are_taken_only_where_they_are_exact(
+    amd: bool, rounds_to_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(distributed, "_is_amd_cpu", lambda: amd)
+    monkeypatch.setattr(distributed, "_product_error", lambda: 4e-3 if rounds_to_bf16 else 8e-7)
+    try:
+        distributed.choose_float32_kernels("cpu")
+        expected = "medium" if amd and not rounds_to_bf16 else before
+        assert torch.get_float32_matmul_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_float32_products_are_exact_after_the_choice() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        distributed.choose_float32_kernels("cpu")
+        assert distributed._product_error() < 1e-5
+    finally:
+        torch.set_float32_matmul_precision(before)
