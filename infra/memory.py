@@ -26,7 +26,7 @@ USABLE_SHARE = {False: 0.97, True: 0.80}
 
 STACK_NUMEL = 2**25
 """optim.STACK_NUMEL: elements whose Newton-Schulz runs at a time."""
-CHUNK_BYTES = {False: 2**30, True: 2**24}
+CHUNK_BYTES = {False: 2**30, True: 2**26}
 """loss.CHUNK_BYTES: logits that are held at a time. Keys: whether it is a CPU."""
 EAGER_CHUNKS = 5
 """Eager mode holds two float32 copies of a chunk of bf16 logits beside it; compiled, none."""

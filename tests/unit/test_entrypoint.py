@@ -12,7 +12,8 @@ import entrypoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 VERBS = [
-    "plan", "run", "launch", "status", "stop", "report", "compare", "fetch", "doctor", "chat", "serve", "export",
+    "plan", "run", "launch", "status", "stop", "report", "compare", "fetch", "doctor",
+    "chat", "serve", "export",
 ]  # fmt: skip
 PLAN_KEYS = {
     "name", "offer", "n_params", "n_params_matmul", "usd_per_hour", "hours", "usd", "verdict",

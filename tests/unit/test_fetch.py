@@ -50,7 +50,8 @@ ONLY_GSM8K = spec_of(data={"source": "fineweb_edu"}, evaluate={"tasks": ["gsm8k"
 def twin(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A hub that has everything, and HF_ENDPOINT set to it."""
     monkeypatch.delenv("NANOCHAT_OFFLINE")
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with Hub() as running:
         running.repositories.update(repositories())
