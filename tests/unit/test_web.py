@@ -1,6 +1,7 @@
 """The HTTP API, over real connections: OpenAI's own client, bad requests, crowds, disconnects."""
 
 import concurrent.futures
+import gc
 import json
 import os
 import random
@@ -392,10 +393,16 @@ def test_disconnects_leak_no_slot_and_no_memory(tiny_run: RunDir, num_requests: 
                 )
             wait_until_idle(server)
 
+        def growth(seed: int) -> int:
+            gc.collect()
+            before = psutil.Process().memory_info().rss
+            many(num_requests // 3, seed)
+            gc.collect()
+            return psutil.Process().memory_info().rss - before
+
         many(num_requests // 3, seed=1)
-        before = psutil.Process().memory_info().rss
-        many(num_requests - num_requests // 3, seed=2)
-        assert psutil.Process().memory_info().rss - before < 20 << 20
+        # a leak shows in every round, the allocator's arenas only in some
+        assert min(growth(seed) for seed in (2, 3)) < 10 << 20
         assert server.metrics.cancelled.values[""] > 0
         answer = httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 3})
         assert answer.json()["usage"]["completion_tokens"] == 3
