@@ -108,7 +108,10 @@ class Optimizer:
         weights stay as they are.
         """
         gradients = [g for group in self.groups for g in group.reduce()]
-        norms = torch.stack([n.float() for n in torch._foreach_norm(gradients)])
+        # float32 at least; float64 stays, so that layouts can be compared
+        norms = torch.stack(
+            [n if n.dtype == torch.float64 else n.float() for n in torch._foreach_norm(gradients)]
+        )
         norm = self.dist.all_reduce_sum(norms.square().sum()).sqrt()
         if max_grad_norm is not None:
             torch._foreach_mul_(gradients, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
