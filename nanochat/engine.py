@@ -12,6 +12,7 @@
 An engine belongs to one thread. The model is only read, and left in the mode it was in.
 """
 
+import itertools
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -166,6 +167,59 @@ class Engine:
         with self._autocast(), _evaluation_mode(self.model):
             logits: Tensor = self.model(idx, logit_positions=last)
         return logits[:, 0]
+
+    @torch.inference_mode()
+    def continuations(
+        self, rows: Sequence[Sequence[int]], starts: Sequence[int]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """How likely the ends of some rows are: tokens from starts[i] on, given all before them.
+
+        Per row (log-probability of each of these tokens, whether it is the most likely one),
+        float32 and bool [len(rows[i]) - starts[i]] on the CPU. What all rows have in common at
+        their beginning is computed once. A row has at most max_seq_len tokens and starts[i] >= 1.
+        """
+        shared = min(num_common(rows), min(starts) - 1)
+        wanted = [range(start - 1, len(row) - 1) for row, start in zip(rows, starts, strict=True)]
+        longest = max(map(len, wanted))
+        positions = [
+            [place - shared for place in (*places, *[places[-1]] * (longest - len(places)))]
+            for places in wanted
+        ]
+        suffixes = [row[shared:] for row in rows]
+        width = max(map(len, suffixes))
+        padded = [[*suffix, *[0] * (width - len(suffix))] for suffix in suffixes]
+        with self._autocast(), _evaluation_mode(self.model):
+            cache = self._shared_prefix(rows[0][:shared], len(rows), shared + width)
+            logits = self.model(
+                torch.tensor(padded, device=self.device),
+                kv_cache=cache,
+                logit_positions=torch.tensor(positions, device=self.device),
+            )
+        found = []
+        for row, places, row_logits in zip(rows, wanted, logits, strict=True):
+            targets = torch.tensor([row[place + 1] for place in places], device=self.device)
+            scores = row_logits[: len(places)].log_softmax(dim=-1)
+            likely = scores.gather(-1, targets[:, None])[:, 0]
+            found.append((likely.cpu(), (scores.argmax(dim=-1) == targets).cpu()))
+        return found
+
+    def _shared_prefix(self, prefix: Sequence[int], n_rows: int, max_len: int) -> KVCache | None:
+        """A cache whose rows all hold the prefix; None where there is none."""
+        if not prefix:
+            return None
+        cache = KVCache(
+            self.model.config,
+            n_rows,
+            max_len,
+            device=self.device,
+            dtype=self._autocast_dtype or self.model.lm_head.weight.dtype,
+        )
+        idx = torch.tensor([list(prefix)], device=self.device)
+        last = torch.tensor([len(prefix) - 1], device=self.device)
+        self.model(idx, kv_cache=cache.rows(0, 1), logit_positions=last)
+        for row in range(1, n_rows):
+            cache.copy_row(source=0, to=row)
+        return cache
 
     # -------------------------------------------------------------------------
     # Continuous batching
@@ -337,6 +391,12 @@ class Engine:
         if self._autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, self._autocast_dtype)
+
+
+def num_common(rows: Sequence[Sequence[int]]) -> int:
+    """Tokens that all rows have in common at their beginning."""
+    together = zip(*rows, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, together))
 
 
 @contextmanager

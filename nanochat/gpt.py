@@ -143,9 +143,9 @@ class GPT(nn.Module):
         idx: [B, T] int64, T <= seq_len. targets: [B, T] int64, -100 where no loss is wanted.
         doc_ids: [B, T] integers; a token sees only tokens of its own row with its own id.
         kv_cache: B rows; idx continues each of them, and the cache is longer by T afterwards.
-        logit_positions: [B] int64, the one position per row whose logits are wanted.
+        logit_positions: [B] or [B, K] int64, the positions per row whose logits are wanted.
         Returns the loss (see loss.head_loss; [B, T] for "none") or float32 logits
-        [B, T, vocab_size] ([B, 1, vocab_size] with logit_positions).
+        [B, T, vocab_size] ([B, 1 or K, vocab_size] with logit_positions).
         """
         n_rows, n_tokens = idx.shape
         if kv_cache is None:
@@ -174,7 +174,7 @@ class GPT(nn.Module):
             loss = head_loss(x, self.lm_head.weight, targets, reduction, compiled=compiled)
             return loss.view(n_rows, n_tokens) if reduction == "none" else loss
         if logit_positions is not None:
-            x = x[torch.arange(n_rows, device=x.device), logit_positions][:, None]
+            x = x[torch.arange(n_rows, device=x.device)[:, None], logit_positions.view(n_rows, -1)]
         logits = self.lm_head(x)
         return softcap(logits if logits.dtype == torch.float64 else logits.float())
 

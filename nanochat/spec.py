@@ -42,6 +42,8 @@ PUBLISHED_TASKS = (
 )
 """Tasks whose examples are files that `fetch` brings."""
 WEIGHT_STAGES = ("base_train", "mid_train", "chat_sft", "chat_rl")
+CHATCORE_TASKS = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling")
+"""ChatCORE is the mean of their centred accuracies."""
 MACHINE_FIELDS = ("offer", "stop_grace_s", "budget", "checkpoint", "runtime")
 """Where a run works, for how long and what it keeps, but not what it learns: a resume, perhaps on
 another machine, may change these."""
@@ -353,6 +355,19 @@ class RunSpec(Section):
     def stages(self) -> tuple[str, ...]:
         """Names of the stages that are switched on, in run order."""
         return tuple(s for s in STAGES if getattr(self, s) is not None)
+
+    def scored_stages(self, task: str) -> tuple[str, ...]:
+        """Stages whose weights are scored on a task.
+
+        CORE asks for no conversation and is for the base model; published chat tasks are for
+        weights that know the form of one; generated tasks cost little and are for all.
+        """
+        trained = tuple(stage for stage in WEIGHT_STAGES if getattr(self, stage) is not None)
+        if task == "core":
+            return trained[:1]
+        if task in PUBLISHED_TASKS and len(trained) > 1:
+            return tuple(stage for stage in trained if stage != "base_train")
+        return trained
 
     @model_validator(mode="after")
     def _stages_fit_together(self) -> "RunSpec":

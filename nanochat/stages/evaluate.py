@@ -1,13 +1,11 @@
-"""Score the weights of every training stage on held-out instances of the tasks.
+"""Score the weights of the training stages on held-out examples of the tasks.
 
 Batches are formed by example index, so that the numbers do not depend on how many ranks share the
 work; every example's result is on disk as soon as its batch is answered, so that a killed
-evaluation goes on where it was.
+evaluation goes on where it was: RUN/evaluations/STAGE/TASK.jsonl, and core/TASK.jsonl for CORE's.
 """
 
-import math
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,18 +13,20 @@ import torch
 from nanochat import distributed
 from nanochat.distributed import Dist
 from nanochat.engine import Engine
-from nanochat.evaluation import evaluate
+from nanochat.evaluation import accuracy, evaluate
 from nanochat.gpt import GPT
 from nanochat.metrics import Metrics
 from nanochat.prepare import compute_dtype, gpu_uuids, load_stage_weights
 from nanochat.rundir import Outcome, RunDir, append_jsonl, cut_torn_tail, read_jsonl
 from nanochat.scaling import gpt_config
-from nanochat.spec import WEIGHT_STAGES, Evaluate
+from nanochat.spec import CHATCORE_TASKS, WEIGHT_STAGES, Evaluate
 from nanochat.stage import run_stage
 from nanochat.tasks import Task, make_task
+from nanochat.tasks.core import CoreTask, core_score, core_tasks
 from nanochat.tokenizer import load_tokenizer
 
 STAGE = "evaluate"
+Part = Task | CoreTask
 
 
 def main(run: RunDir) -> Outcome:
@@ -38,7 +38,7 @@ def main(run: RunDir) -> Outcome:
     dtype = compute_dtype(spec.runtime.dtype, dist.device)
     tokenizer = load_tokenizer(run.tokenizer_dir)
     trained = [s for s in WEIGHT_STAGES if run.is_done(s)]
-    tasks = [make_task(name, "test", spec.seed) for name in settings.tasks]
+    parts = {name: _parts(name, spec.seed) for name in settings.tasks}
     metrics = Metrics(run, STAGE, rank=dist.rank, gpu_uuids=gpu_uuids(dist))
     model = GPT(gpt_config(spec.model)).to(dist.device)
     model.init_weights(spec.seed)
@@ -47,23 +47,38 @@ def main(run: RunDir) -> Outcome:
     for stage in trained:
         load_stage_weights(run, stage, model)
         engine = Engine(model, tokenizer, max_batch=settings.batch_size, dtype=dtype)
-        for task in tasks:
+        found: dict[str, float] = {}
+        for name in settings.tasks:
+            if stage not in spec.scored_stages(name):
+                continue
             started_s = time.monotonic()
-            results = run.path / "evaluations" / stage / f"{task.name}.jsonl"
-            if not _answer(run, engine, task, settings, results, dist):
-                distributed.shutdown()
-                return Outcome(stage=STAGE, outcome="stopped", message=f"at {stage}, {task.name}")
+            for part in parts[name]:
+                if not _answer(run, engine, part, settings, _results(run, stage, part), dist):
+                    metrics.close()
+                    distributed.shutdown()
+                    return Outcome(stage=STAGE, outcome="stopped", message=f"at {stage}, {name}")
             dist.barrier()
             if dist.is_main:
-                _log(metrics, stage, task, _correct_by_index(results))
-            seconds[f"{stage}.{task.name}"] = round(time.monotonic() - started_s, 3)
+                found[name] = _log(run, metrics, stage, name, parts[name])
+            seconds[f"{stage}.{name}"] = round(time.monotonic() - started_s, 3)
+        if dist.is_main:
+            _log_chatcore(metrics, stage, found, parts)
     metrics.close()
     distributed.shutdown()
     return Outcome(stage=STAGE, outcome="done", facts={"seconds_by_task": seconds})
 
 
+def _parts(name: str, seed: int) -> tuple[Part, ...]:
+    """What is answered for a task: itself, or the 22 tasks of CORE."""
+    return core_tasks() if name == "core" else (make_task(name, "test", seed),)
+
+
+def _results(run: RunDir, stage: str, part: Part) -> Path:
+    return run.path / "evaluations" / stage / f"{part.name.replace('.', '/')}.jsonl"
+
+
 def _answer(
-    run: RunDir, engine: Engine, task: Task, settings: Evaluate, results: Path, dist: Dist
+    run: RunDir, engine: Engine, part: Part, settings: Evaluate, results: Path, dist: Dist
 ) -> bool:
     """Answer this rank's batches that are not on disk; False when asked to stop before the end."""
     results.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +87,7 @@ def _answer(
     dist.barrier()
     batches = evaluate(
         engine,
-        task,
+        part,
         num_examples=settings.max_examples,
         batch_size=settings.batch_size,
         max_tokens=settings.max_tokens,
@@ -82,29 +97,59 @@ def _answer(
     )
     for marked in batches:
         for m in marked:
-            append_jsonl(results, {"prompt": _prompt(task, m.index), **asdict(m)})
+            append_jsonl(
+                results,
+                {
+                    "prompt": m.prompt,
+                    "index": m.index,
+                    "correct": m.correct,
+                    "completion": m.completion,
+                },
+            )
         if dist.is_main:
-            run.write_progress(STAGE, "evaluate", step=marked[-1].index, message=task.name)
+            run.write_progress(STAGE, "evaluate", step=marked[-1].index, message=part.name)
         if run.stop_file.exists():
             break
     # a rank may have seen the stop and another one not: all of them stop, or none
     return not dist.all_reduce_sum(torch.tensor(int(run.stop_file.exists())))
 
 
-def _prompt(task: Task, index: int) -> str:
-    """What was asked last, for people who read the results."""
-    return str(task.example(index).conversation["messages"][-2]["content"])
-
-
 def _correct_by_index(results: Path) -> dict[int, bool]:
     return {r["index"]: bool(r["correct"]) for r in read_jsonl(results)}
 
 
-def _log(metrics: Metrics, stage: str, task: Task, correct: dict[int, bool]) -> None:
-    n = len(correct)
-    share = sum(correct.values()) / n
-    stderr = math.sqrt(share * (1 - share) / n)
-    metrics.log_task(stage, task.name, "accuracy", share, stderr=stderr, n=n, chance=task.chance)
+# -- scores
+
+
+def _log(run: RunDir, metrics: Metrics, stage: str, name: str, parts: tuple[Part, ...]) -> float:
+    """Log the accuracy of every part, and CORE; returns the score of the task."""
+    scored = []
+    num_examples = 0
+    for part in parts:
+        correct = _correct_by_index(_results(run, stage, part))
+        value, stderr = accuracy(correct.values())
+        num_examples += len(correct)
+        metrics.log_task(
+            stage, part.name, "accuracy", value, stderr=stderr, n=len(correct), chance=part.chance
+        )
+        scored.append((part, value, stderr))
+    if name != "core":
+        return value
+    value, stderr = core_score([(p, v, e) for p, v, e in scored if isinstance(p, CoreTask)])
+    metrics.log_task(stage, "core", "core", value, stderr=stderr, n=num_examples, chance=0.0)
+    return value
+
+
+def _log_chatcore(
+    metrics: Metrics, stage: str, found: dict[str, float], parts: dict[str, tuple[Part, ...]]
+) -> None:
+    """The mean of the centred accuracies, where all of its tasks have been scored."""
+    if not set(CHATCORE_TASKS) <= set(found):
+        return
+    chances = {name: parts[name][0].chance for name in CHATCORE_TASKS}
+    centred = [(found[name] - chances[name]) / (1 - chances[name]) for name in CHATCORE_TASKS]
+    value = sum(centred) / len(centred)
+    metrics.log_task(stage, "chatcore", "chatcore", value, stderr=None, n=len(centred), chance=0.0)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,16 @@ import random
 from collections.abc import Callable, Mapping
 
 from nanochat.spec import SpecError
-from nanochat.tasks.common import Conversation, Example, Split, Task
+from nanochat.tasks.arc import ArcChallenge, ArcEasy
+from nanochat.tasks.common import Conversation, Example, Task
+from nanochat.tasks.gsm8k import Gsm8k
+from nanochat.tasks.humaneval import HumanEval
 from nanochat.tasks.identity import Identity
+from nanochat.tasks.mmlu import Mmlu, MmluAux
+from nanochat.tasks.smoltalk import SmolTalk
 from nanochat.tasks.spelling import Spelling
 from nanochat.tasks.synthetic import Arithmetic, Copying, Kinds
+from nanochat.touches import Split
 
 __all__ = ["TASKS", "Conversation", "Example", "Split", "Task", "make_task", "mixture"]
 
@@ -19,7 +25,15 @@ TASKS: dict[str, Callable[[Split, int], Task]] = {
     "copying": Copying,
     "identity": Identity,
     "spelling": Spelling,
+    "arc_challenge": ArcChallenge,
+    "arc_easy": ArcEasy,
+    "gsm8k": Gsm8k,
+    "humaneval": HumanEval,
+    "mmlu": Mmlu,
+    "mmlu_aux": MmluAux,
+    "smoltalk": SmolTalk,
 }
+"""All but `core`, which is 22 tasks of another kind: nanochat/tasks/core.py."""
 
 
 def make_task(name: str, split: Split, seed: int = 0) -> Task:

@@ -1,7 +1,8 @@
 """What a task is: conversations to train on and a way to mark answers.
 
-- An instance belongs to train or test by the hash of what it asks, never by its index or the seed,
-  so the two splits cannot share a question, whatever the sizes and the phrasing.
+- A generated instance is for training or held out by the hash of what it asks, never by its index
+  or the seed, so the two cannot share a question, whatever the sizes and the phrasing; "validation"
+  and "test" are the same held-out instances.
 - Examples are made when asked for, from (seed, split, index) alone.
 - A conversation is `{"messages": [{"role": "user", "content": str}, {"role": "assistant",
   "content": str | list of parts}]}`; a part is `{"type": "text" | "python" | "python_output",
@@ -17,7 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
-Split = Literal["train", "test"]
+from nanochat.touches import Split
+
 Kind = Literal["generative", "choice"]
 Conversation = dict[str, Any]
 
@@ -31,7 +33,7 @@ class Example:
 
     conversation: Conversation
     answer: str
-    """The text that a right reply gives; for a choice task its letter."""
+    """The text that a right reply gives; for a choice task its letter; for a program its tests."""
     letters: tuple[str, ...] = ()
     """The letters to choose from; empty unless the task is a choice."""
 
@@ -44,9 +46,14 @@ class Task(Protocol):
     (0 to 1) of guessing.
     """
 
-    name: ClassVar[str]
-    kind: ClassVar[Kind]
-    chance: ClassVar[float]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> Kind: ...
+
+    @property
+    def chance(self) -> float: ...
 
     @property
     def num_examples(self) -> int: ...
@@ -111,7 +118,7 @@ class GeneratedTask(ABC):
     def _draw_from_split(self, rng: random.Random) -> Instance:
         while True:
             instance = self.draw(rng)
-            if in_test_split(self.name, instance.key) == (self.split == "test"):
+            if in_test_split(self.name, instance.key) == (self.split != "train"):
                 return instance
 
     @abstractmethod
@@ -133,9 +140,9 @@ def conversation(user: str, assistant: str | list[dict[str, str]]) -> Conversati
     }
 
 
-def render_choices(question: str, choices: Sequence[str]) -> str:
+def render_choices(question: str, choices: Sequence[str], letters: Sequence[str]) -> str:
     """A multiple-choice prompt. The letter stands after its choice and directly after `=`, so
     that it is the same token here as at the start of the reply."""
     lines = [f"Multiple Choice question: {question}"]
-    lines += [f"- {choice}={letter}" for choice, letter in zip(choices, LETTERS, strict=False)]
+    lines += [f"- {choice}={letter}" for choice, letter in zip(choices, letters, strict=True)]
     return "\n".join([*lines, "", "Respond only with the letter of the correct answer."])

@@ -76,7 +76,7 @@ class Kinds(GeneratedTask):
         wanted = rng.randrange(2)
         symbols = (string.ascii_lowercase, string.digits)[wanted]
         row = " ".join(rng.choice(symbols) for _ in range(rng.randint(3, 4)))
-        prompt = render_choices(f"What are {row}?", names)
+        prompt = render_choices(f"What are {row}?", names, LETTERS[:2])
         answer = LETTERS[wanted]
         example = Example(conversation(prompt, answer), answer, tuple(LETTERS[:2]))
         return Instance(row, example)

@@ -8,6 +8,7 @@ import io
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -263,6 +264,27 @@ def _meta_data(num_rows: int) -> str:
 
 
 # -- all of them, by repository
+
+
+FOLDERS = {
+    "karpathy/fineweb-edu-100b-shuffle": "fineweb_edu",
+    "allenai/ai2_arc": "arc",
+    "openai/gsm8k": "gsm8k",
+    "cais/mmlu": "mmlu",
+    "openai/openai_humaneval": "humaneval",
+    "HuggingFaceTB/smol-smoltalk": "smoltalk",
+    "files": "core",
+}
+"""Repository -> the source's folder in a data folder."""
+
+
+def place(data_folder: Path, num_rows: int = 24, num_shards: int = 2) -> None:
+    """Put all sets into a data folder, as if fetched."""
+    for repository, files in repositories(num_rows, num_shards).items():
+        for name, content in files.items():
+            path = data_folder / FOLDERS[repository] / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
 
 
 def repositories(num_rows: int = 24, num_shards: int = 2) -> dict[str, dict[str, bytes]]:

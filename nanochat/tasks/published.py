@@ -1,0 +1,98 @@
+"""Reading the files of published sets: rows of parquet in a fixed, shuffled order.
+
+The order is the same in every run and under every seed, so that the first n examples of a test
+split are the same n for every model that is compared; publishers' own orders go by subject.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat.spec import SpecError
+from nanochat.tasks.common import Example, Kind
+from nanochat.touches import Split, require, task_files
+
+Row = dict[str, Any]
+
+
+class PublishedTask(ABC):
+    """A set small enough to be held in memory; a subclass turns rows into examples."""
+
+    name: ClassVar[str]
+    kind: ClassVar[Kind] = "generative"
+    chance: ClassVar[float] = 0.0
+    columns: ClassVar[tuple[str, ...]]
+
+    def __init__(self, split: Split, seed: int = 0) -> None:
+        """Raises SpecError for a split that the set has not, or a file that is missing or wrong.
+
+        seed: without effect; every task takes one.
+        """
+        self.split = split
+        self._paths = [require(path) for path in task_files(self.name, split)]
+
+    @property
+    def num_examples(self) -> int:
+        return len(self._rows)
+
+    def example(self, index: int) -> Example:
+        """The example at `index` of the fixed order. Raises IndexError."""
+        if not 0 <= index < self.num_examples:
+            raise IndexError(f"{self.name} {self.split} has {self.num_examples} examples: {index}")
+        return self.from_row(self._rows[index])
+
+    @functools.cached_property
+    def _rows(self) -> list[Row]:
+        rows = [row for path in self._paths for row in read_rows(path, self.columns)]
+        rows = [row for row in rows if self.is_in_split(row)]
+        random.Random(f"{self.name} {self.split}").shuffle(rows)
+        return rows
+
+    def is_in_split(self, row: Row) -> bool:
+        """Whether a row of the split's files belongs to it."""
+        return True
+
+    @abstractmethod
+    def from_row(self, row: Row) -> Example:
+        """The example that a row is."""
+
+    def evaluate(self, example: Example, completion: str) -> bool:
+        """Whether a letter, or a text, is the answer."""
+        return completion.strip() == example.answer
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
+    """All rows of a parquet file. Raises SpecError that names it where it is not what it should."""
+    try:
+        with pq.ParquetFile(path) as parquet:
+            check_columns(path, parquet, columns)
+            rows: list[Row] = parquet.read(columns=list(columns)).to_pylist()
+    except (OSError, pa.ArrowException) as e:
+        raise damaged(path, e) from None
+    return rows
+
+
+def check_columns(path: Path, parquet: pq.ParquetFile, columns: Sequence[str]) -> None:
+    """Raises SpecError where a column is missing."""
+    there = parquet.schema_arrow.names
+    if missing := [name for name in columns if name not in there]:
+        raise SpecError(
+            f"{path} has no column {', '.join(missing)} (it has {', '.join(there)}): this is "
+            "another set, or another version of it, than the kit knows"
+        )
+
+
+def damaged(path: Path, error: Exception) -> SpecError:
+    """What to say of a file that cannot be read."""
+    return SpecError(
+        f"{path} is no parquet file that can be read ({error}); delete it and fetch it again: "
+        "nanochat fetch @CONFIG"
+    )
