@@ -224,8 +224,8 @@ def test_a_volume_that_fills_up_keeps_the_last_complete_checkpoint(
         wait_for_step(container, "base_train", 10)
         holder.exec_run(["bash", "-c", f"head -c 64M /dev/zero > {MOUNT}/filler"])
         ended = engine.wait(container)
-        assert ended.exit_code == 77, ended.output
-        assert "space" in ended.output
+        assert ended.exit_code == 78, ended.output
+        assert "is full; the last complete checkpoint is kept" in ended.output
         holder.exec_run(["rm", f"{MOUNT}/filler"])
         again = engine.run(*run, **OFFLINE, **mounted(volume))
         assert again.exit_code == 0, again.output
