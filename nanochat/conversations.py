@@ -25,7 +25,9 @@ def train_on_conversations(run: RunDir, stage: str, weights_from: str) -> Outcom
     settings = p.settings
     assert isinstance(settings, ChatStage)
     train = _source(p, dict(settings.mixture), "train", seed=p.spec.seed)
-    held_out = _source(p, {task: HELD_OUT_PER_TASK for task in settings.mixture}, "test", seed=None)
+    held_out = _source(
+        p, {task: HELD_OUT_PER_TASK for task in settings.mixture}, "validation", seed=None
+    )
     if settings.num_epochs is not None:
         num_steps = num_steps_of_epochs(settings, train.num_tokens)
         p.numbers = p.numbers.with_steps(num_steps)
