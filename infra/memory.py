@@ -28,8 +28,9 @@ STACK_NUMEL = 2**25
 """optim.STACK_NUMEL: elements whose Newton-Schulz runs at a time."""
 CHUNK_BYTES = {False: 2**30, True: 2**26}
 """loss.CHUNK_BYTES: logits that are held at a time. Keys: whether it is a CPU."""
-EAGER_CHUNKS = 5
-"""Eager mode holds two float32 copies of a chunk of bf16 logits beside it; compiled, none."""
+BLOCK_BYTES = {False: 2**28, True: 2**21}
+"""loss.BLOCK_BYTES: of these, what goes through the row-wise arithmetic at a time; in eager mode
+with two float32 copies. Keys: whether it is a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,13 +166,14 @@ def optimizer_bytes(c: GPTConfig, layout: Layout) -> int:
 
 
 def activation_bytes(c: GPTConfig, layout: Layout, tokens: int) -> float:
-    """Bytes that the backward pass reads: of all blocks, or of one and every block's input."""
-    block = layer_activations(c, layout)
+    """Bytes that the backward pass reads: of all blocks; or, recomputed, of every block's input,
+    of one block, and of the gradients that are in hand there."""
+    block, wide = layer_activations(c, layout), c.n_embd * layout.itemsize
     kept = c.n_layer * block
     if layout.recompute:
-        kept = c.n_layer * c.n_embd * layout.itemsize + block
+        kept = c.n_layer * wide + block + 3 * wide
     # the embedding in float32, the last x and its norm, token ids and targets
-    ends = c.n_embd * (4 + 2 * layout.itemsize) + 16
+    ends = 4 * c.n_embd + 2 * wide + 16
     return float(tokens * (kept + ends))
 
 
@@ -190,8 +192,9 @@ def logit_bytes(c: GPTConfig, layout: Layout, tokens: int) -> float:
     all_logits = tokens * c.vocab_size * layout.itemsize
     if layout.code.holds_logits:
         return float(all_logits)
-    chunks = 1 if layout.compiled else EAGER_CHUNKS
-    chunk = chunks * min(CHUNK_BYTES[layout.cpu], all_logits)
+    chunk = min(CHUNK_BYTES[layout.cpu], all_logits)
+    if not layout.compiled:
+        chunk += 2 * min(BLOCK_BYTES[layout.cpu], all_logits) * 4 // layout.itemsize
     weight_itemsize = layout.itemsize if layout.fsdp else 4
     return float(chunk + c.vocab_size * c.n_embd * weight_itemsize + tokens * c.n_embd * 4)
 

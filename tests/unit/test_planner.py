@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from infra import throughput
 from infra.hardware import GIB, GPUS, OFFERS, Offer, gpu_offer, parse_offer
 from infra.layout import make_layout
-from infra.memory import CHUNK_BYTES, OURS, STACK_NUMEL, Code, Layout, step_memory
+from infra.memory import BLOCK_BYTES, CHUNK_BYTES, OURS, STACK_NUMEL, Code, Layout, step_memory
 from infra.planner import Plan, make_plan
 from nanochat import loss, optim
 from nanochat.gpt import GPT
@@ -185,8 +185,8 @@ def test_optimizer_bytes_equal_the_optimizer(world_size: int, kv: int) -> None:
 
 def test_constants_shared_with_the_model() -> None:
     assert STACK_NUMEL == optim.STACK_NUMEL
-    assert CHUNK_BYTES[False] == loss.CHUNK_BYTES["cuda"]
-    assert CHUNK_BYTES[True] == loss.CHUNK_BYTES["cpu"]
+    for ours, theirs in ((CHUNK_BYTES, loss.CHUNK_BYTES), (BLOCK_BYTES, loss.BLOCK_BYTES)):
+        assert (ours[False], ours[True]) == (theirs["cuda"], theirs["cpu"])
 
 
 # -- plans
