@@ -41,7 +41,7 @@ smoke: setup  ## every stage at toy size on this CPU, then the report (about 4 m
 	@echo "Talk:    $(VENV)/bin/nanochat chat $(RUN)"
 
 test: setup  ## unit tests and the toy run; no engine needed (under 3 minutes)
-	$(PY) -m pytest tests/unit
+	$(PY) -m pytest tests/unit -m "not long"
 
 lint: setup  ## ruff, mypy, import contracts, cargo fmt, clippy and tests
 	$(VENV)/bin/ruff check .
@@ -84,6 +84,7 @@ e2e: setup  ## real Docker, SLURM, cloud twin and browser, in short form
 
 e2e-long: setup  ## the full counts of the proofs
 	$(PY) -m pytest tests/e2e
+	$(PY) -m pytest tests/unit -m long
 
 lock:  ## resolve the dependencies again into the lock files
 	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml

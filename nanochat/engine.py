@@ -9,23 +9,24 @@
 - A request under its seed gives the same tokens whatever else is in the batch, up to the rounding
   of matrix products of another shape.
 
-An engine belongs to one thread. The model is only read, and left in the mode it was in.
+An engine belongs to one thread, and keeps the weights that the model has when it is made.
 """
 
 import itertools
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nanochat.calculator import calculate
 from nanochat.gpt import GPT
+from nanochat.inference import Inference
 from nanochat.kvcache import KVCache
+from nanochat.loss import softcap
 from nanochat.sampling import Sampling, sample
 from nanochat.spec import SpecError
 from nanochat.tokenizer import TokenizerLike
@@ -76,24 +77,21 @@ class Engine:
         max_seq_len: int | None = None,
         dtype: torch.dtype | None = None,
         compile: bool = False,
+        keep_weights: bool = True,
     ) -> None:
         """max_batch: requests in flight at most. max_seq_len: tokens of prompt and answer together
-        at most (the model's seq_len). dtype: of the matrix products (the weights' own)."""
-        self.model = model
+        at most (the model's seq_len). dtype: of the matrix products (the weights' own). compile,
+        keep_weights: see Inference."""
         self.tokenizer = tokenizer
         self.max_batch = max_batch
         self.max_seq_len = min(max_seq_len or model.config.seq_len, model.config.seq_len)
-        weight = model.lm_head.weight
-        self.device = weight.device
+        dtype = dtype or model.lm_head.weight.dtype
+        self.device = model.lm_head.weight.device
         self.prefill_tokens_per_step = PREFILL_TOKENS_PER_STEP[self.device.type]
-        self._autocast_dtype = None if dtype in (None, weight.dtype) else dtype
-        self._forward = torch.compile(model, dynamic=True) if compile else model
+        self._compiled = compile
+        self._forward = Inference(model, dtype, compile=compile, keep_weights=keep_weights)
         self._cache = KVCache(
-            model.config,
-            max_batch,
-            self.max_seq_len,
-            device=self.device,
-            dtype=self._autocast_dtype or weight.dtype,
+            model.config, max_batch, self.max_seq_len, device=self.device, dtype=dtype
         )
         self._active: list[Generation] = []
         self._waiting: deque[Generation] = deque()
@@ -163,10 +161,7 @@ class Engine:
         longest = max(len(prompt) for prompt in prompts)
         rows = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
         last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
-        idx = torch.tensor(rows, device=self.device)
-        with self._autocast(), _evaluation_mode(self.model):
-            logits: Tensor = self.model(idx, logit_positions=last)
-        return logits[:, 0]
+        return softcap(self._forward(torch.tensor(rows, device=self.device), last))
 
     @torch.inference_mode()
     def continuations(
@@ -188,13 +183,11 @@ class Engine:
         suffixes = [row[shared:] for row in rows]
         width = max(map(len, suffixes))
         padded = [[*suffix, *[0] * (width - len(suffix))] for suffix in suffixes]
-        with self._autocast(), _evaluation_mode(self.model):
-            cache = self._shared_prefix(rows[0][:shared], len(rows), shared + width)
-            logits = self.model(
-                torch.tensor(padded, device=self.device),
-                kv_cache=cache,
-                logit_positions=torch.tensor(positions, device=self.device),
-            )
+        cache = self._shared_prefix(rows[0][:shared], len(rows), shared + width)
+        places_wanted = torch.tensor(positions, device=self.device)
+        logits = softcap(
+            self._forward(torch.tensor(padded, device=self.device), places_wanted, cache)
+        )
         found = []
         for row, places, row_logits in zip(rows, wanted, logits, strict=True):
             targets = torch.tensor([row[place + 1] for place in places], device=self.device)
@@ -207,16 +200,11 @@ class Engine:
         """A cache whose rows all hold the prefix; None where there is none."""
         if not prefix:
             return None
-        cache = KVCache(
-            self.model.config,
-            n_rows,
-            max_len,
-            device=self.device,
-            dtype=self._autocast_dtype or self.model.lm_head.weight.dtype,
-        )
+        config, dtype = self._forward.config, self._forward.dtype
+        cache = KVCache(config, n_rows, max_len, device=self.device, dtype=dtype)
         idx = torch.tensor([list(prefix)], device=self.device)
         last = torch.tensor([len(prefix) - 1], device=self.device)
-        self.model(idx, kv_cache=cache.rows(0, 1), logit_positions=last)
+        self._forward(idx, last, cache.rows(0, 1))
         for row in range(1, n_rows):
             cache.copy_row(source=0, to=row)
         return cache
@@ -268,17 +256,29 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Generation]:
         """Bring every request in flight one token further; returns those that got on or ended."""
-        with self._autocast(), _evaluation_mode(self.model):
-            return self._decode() + self._admit()
+        return self._decode() + self._admit()
 
     def _decode(self) -> list[Generation]:
         """One token for every active row."""
         if not self._active:
             return []
         writing = list(self._active)
-        logits = self._run([g.ids[-1:] for g in writing], self._cache.rows(0, len(writing)))
+        tokens = [g.ids[-1] for g in writing]
+        if self._compiled:
+            logits = self._decode_compiled(tokens)
+        else:
+            logits = self._run([[token] for token in tokens], self._cache.rows(0, len(tokens)))
         self._advance(writing, logits)
         return writing
+
+    def _decode_compiled(self, tokens: list[int]) -> Tensor:
+        """As `_run` for one token per row, with all rows of the cache in one fixed shape."""
+        idx = torch.zeros(self.max_batch, dtype=torch.int64)
+        idx[: len(tokens)] = torch.tensor(tokens)
+        positions = self._cache.lengths.to(self.device)
+        logits = self._forward.decode_rows(idx.to(self.device), positions, self._cache.storage)
+        self._cache.rows(0, len(tokens)).finish(1)
+        return logits[: len(tokens)]
 
     def _admit(self) -> list[Generation]:
         """Take in prompt tokens, up to the bound per step; the first token of complete prompts."""
@@ -323,8 +323,7 @@ class Engine:
         """Feed tokens [B][T] to the rows of a cache; logits behind the last one, [B, V]."""
         idx = torch.tensor(tokens, device=self.device)
         last = torch.full((len(tokens),), idx.size(1) - 1, device=self.device)
-        logits: Tensor = self._forward(idx, kv_cache=cache, logit_positions=last)
-        return logits[:, 0]
+        return self._forward(idx, last, cache)
 
     def _advance(self, generations: list[Generation], logits: Tensor) -> None:
         """Give every generation its next token, and free the rows of those that end with it."""
@@ -387,26 +386,8 @@ class Engine:
         else:
             self._cache.set_length(last, 0)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self._autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, self._autocast_dtype)
-
 
 def num_common(rows: Sequence[Sequence[int]]) -> int:
     """Tokens that all rows have in common at their beginning."""
     together = zip(*rows, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, together))
-
-
-@contextmanager
-def _evaluation_mode(model: GPT) -> Iterator[None]:
-    """The model without dropout, then again in the mode it was in."""
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if was_training:
-            model.train()

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nanochat.loss import softcap
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -40,7 +42,9 @@ class Sampling:
 def sample(logits: Tensor, settings: Sequence[Sampling], uniforms: Sequence[float]) -> list[int]:
     """Next token of every row.
 
-    logits: [B, V] float. settings, uniforms: one per row; a uniform lies in [0, 1).
+    logits: [B, V] float, before the model's soft cap, which is applied here where it matters: it
+    changes no order, and costs as much as a layer of a small model. settings, uniforms: one per
+    row; a uniform lies in [0, 1).
     """
     if all(s.greedy for s in settings):
         return logits.argmax(dim=-1).tolist()
@@ -65,7 +69,7 @@ def _column(values: list[float], like: Tensor) -> Tensor:
 
 def _from_all(logits: Tensor, settings: list[Sampling], u: Tensor) -> Tensor:
     temperature = _column([s.temperature for s in settings], logits)
-    probs = torch.softmax(logits.float() / temperature, dim=-1)
+    probs = torch.softmax(softcap(logits.float()) / temperature, dim=-1)
     return _invert(probs, u)
 
 
@@ -75,7 +79,7 @@ def _from_most_likely(logits: Tensor, settings: list[Sampling], u: Tensor) -> Te
     ks = [min(s.top_k or vocab_size, vocab_size) for s in settings]
     top, ids = logits.float().topk(max(ks), dim=-1)
     rank = torch.arange(max(ks), device=logits.device)
-    top = top / _column([s.temperature for s in settings], logits)
+    top = softcap(top) / _column([s.temperature for s in settings], logits)
     top = top.masked_fill(rank >= _column([float(k) for k in ks], logits), -torch.inf)
     probs = torch.softmax(top, dim=-1)
     before = probs.cumsum(dim=-1) - probs
@@ -87,8 +91,8 @@ def _from_most_likely(logits: Tensor, settings: list[Sampling], u: Tensor) -> Te
 
 def _invert(weights: Tensor, u: Tensor) -> Tensor:
     """Per row the first index whose cumulative weight exceeds u times the sum. [B, V], [B, 1]."""
-    cumulative = weights.double().cumsum(dim=-1)
-    index = torch.searchsorted(cumulative, u.double() * cumulative[:, -1:], right=True)
+    cumulative = weights.cumsum(dim=-1)
+    index = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
     # rounding may reach the sum itself: the last token of positive weight is meant
     last = weights.size(-1) - 1 - weights.flip(-1).gt(0).to(torch.uint8).argmax(dim=-1)
     return torch.minimum(index[:, 0], last)

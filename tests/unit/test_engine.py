@@ -8,6 +8,7 @@ import torch
 
 from nanochat.engine import Engine, Generation, Request
 from nanochat.gpt import GPT
+from nanochat.kvcache import KVCache
 from nanochat.sampling import Sampling
 from nanochat.scaling import GPTConfig
 
@@ -56,7 +57,7 @@ def make_model(seq_len: int = 64) -> GPT:
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-    return model
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -86,27 +87,28 @@ def prompts_of(count: int, longest: int, seed: int = 0) -> list[list[int]]:
     return [[128, *(rng.randrange(128) for _ in range(n))] for n in lengths]
 
 
-class ScriptedModel(torch.nn.Module):
-    """Says a given text whatever the prompt; what follows the text is assistant_end."""
+class Script:
+    """Stands for a model that says a given text whatever the prompt, and then ends."""
 
     def __init__(self, script: list[int], prompt_len: int) -> None:
-        super().__init__()
-        self.config = GPTConfig(
-            n_layer=1, n_head=1, n_kv_head=1, n_embd=2, seq_len=256, vocab_size=VOCAB_SIZE
-        )
-        self.lm_head = torch.nn.Linear(2, VOCAB_SIZE, bias=False)
         self.script = script
         self.prompt_len = prompt_len
         self.fed: list[int] = []
 
-    def forward(self, idx, kv_cache, logit_positions):  # type: ignore[no-untyped-def]
-        kv_cache.lengths += idx.size(1)
+    def __call__(self, idx: torch.Tensor, last: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        cache.finish(idx.size(1))
         self.fed += idx[0].tolist()
-        said = int(kv_cache.lengths[0]) - self.prompt_len
-        logits = torch.zeros(len(idx), 1, VOCAB_SIZE)
+        said = int(cache.lengths[0]) - self.prompt_len
         end = TOKENIZER.special_id("assistant_end")
-        logits[:, 0, self.script[said] if said < len(self.script) else end] = 1.0
+        logits = torch.zeros(1, VOCAB_SIZE)
+        logits[0, self.script[said] if said < len(self.script) else end] = 1.0
         return logits
+
+
+def scripted_engine(model: GPT, script: Script) -> Engine:
+    engine = Engine(model, TOKENIZER, max_batch=1)
+    engine._forward = script  # type: ignore[assignment]
+    return engine
 
 
 def test_greedy_batch_equals_each_prompt_alone_without_a_cache(model: GPT) -> None:
@@ -162,12 +164,12 @@ def test_equal_prompts_share_one_prefill(model: GPT) -> None:
     fed = 0
     forward = engine._forward
 
-    def counting(idx: torch.Tensor, **kwargs: object) -> torch.Tensor:
+    def counting(idx: torch.Tensor, *args: object) -> torch.Tensor:
         nonlocal fed
         fed += idx.size(1) if idx.size(1) > 1 else 0
-        return forward(idx, **kwargs)
+        return forward(idx, *args)
 
-    engine._forward = counting
+    engine._forward = counting  # type: ignore[assignment]
     prompt = prompts_of(1, 20, seed=5)[0] + [1, 2, 3]
     answers = engine.generate([prompt] * 5, max_tokens=10, temperature=1.0)
     assert fed == len(prompt)
@@ -223,16 +225,6 @@ def test_prompts_that_cannot_be_answered_are_refused(model: GPT) -> None:
         engine.submit(Request(prompt=(1,), max_tokens=0))
 
 
-def test_the_model_stays_in_its_mode(model: GPT) -> None:
-    engine = Engine(model, TOKENIZER, max_batch=1)
-    model.train()
-    engine.generate([[128]], max_tokens=2)
-    assert model.training
-    model.eval()
-    engine.generate([[128]], max_tokens=2)
-    assert not model.training
-
-
 def tool_call(expression: str, after: str = "") -> list[int]:
     t = TOKENIZER
     return [
@@ -243,25 +235,23 @@ def tool_call(expression: str, after: str = "") -> list[int]:
     ]
 
 
-def test_the_calculator_answers_inside_the_text() -> None:
+def test_the_calculator_answers_inside_the_text(model: GPT) -> None:
     output = [TOKENIZER.special_id("output_start"), *b"72", TOKENIZER.special_id("output_end")]
-    # the model's script goes on behind the forced tokens, which take the place of its own words
-    script = tool_call("27 + 45", "!" * len(output) + "72")
-    scripted = ScriptedModel(script, prompt_len=1)
-    engine = Engine(scripted, TOKENIZER, max_batch=1)  # type: ignore[arg-type]
-    g = engine.complete([Request(prompt=(128,), max_tokens=99)])[0]
+    # the script goes on behind the forced tokens, which take the place of its own words
+    script = Script(tool_call("27 + 45", "!" * len(output) + "72"), prompt_len=1)
+    engine = scripted_engine(model, script)
+    g = engine.complete([Request(prompt=(128,), max_tokens=50)])[0]
     call = tool_call("27 + 45")
     assert g.ids == [*call, *output, *b"72"]
     assert g.forced == [False] * len(call) + [True] * len(output) + [False] * 2
     assert g.finish_reason == "stop"
-    assert scripted.fed == [128, *g.ids]
+    assert script.fed == [128, *g.ids]
 
 
-def test_an_expression_without_a_value_is_left_to_the_model() -> None:
-    script = tool_call("import os", "no")
-    engine = Engine(ScriptedModel(script, prompt_len=1), TOKENIZER, max_batch=1)  # type: ignore[arg-type]
-    g = engine.complete([Request(prompt=(128,), max_tokens=99)])[0]
-    assert g.ids == script
+def test_an_expression_without_a_value_is_left_to_the_model(model: GPT) -> None:
+    script = Script(tool_call("import os", "no"), prompt_len=1)
+    g = scripted_engine(model, script).complete([Request(prompt=(128,), max_tokens=50)])[0]
+    assert g.ids == script.script
     assert not any(g.forced)
 
 

@@ -1,0 +1,203 @@
+"""The forward pass of generation: a GPT's weights, arranged once for many small steps.
+
+- One product gives queries, keys and values; the weights of all three lie in one matrix.
+- On a CPU the products go to oneDNN with weights packed beforehand. For one row that reads the
+  weights at the speed of the memory; torch's own choice, MKL, is 2 to 3 times slower on AMD's
+  processors, for one row as for many.
+- The weights are a copy in the compute dtype, made when the object is: what is trained afterwards
+  is not seen.
+
+The arithmetic is that of gpt.py; `tests/unit/test_inference.py` holds it to it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat.gpt import GPT, Block, norm, rotate
+from nanochat.kvcache import KVCache
+
+Append = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(layer, new keys, new values) -> all keys, all values; as KVCache.append."""
+
+PACKED_FOR_ROWS = 16
+"""Rows that oneDNN chooses its layout for; measured best for 1 to 64 rows on Zen 4."""
+
+
+class Product(Protocol):
+    """Multiplication with a weight of shape [out, in]."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+
+    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual [..., out] plus the product."""
+
+
+@dataclass(frozen=True)
+class PlainProduct:
+    """By torch, on any device."""
+
+    weight: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        return residual + F.linear(x, self.weight)
+
+
+class PackedProduct:
+    """By oneDNN, with the operators that torch's own compiler uses on CPUs."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
+        return product
+
+    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+            x, residual, self._packed, None, "add"
+        )
+        return product
+
+
+def make_product(weight: Tensor) -> Product:
+    """The fastest product there is for the weight's device."""
+    if weight.device.type == "cpu" and can_pack():
+        return PackedProduct(weight)
+    return PlainProduct(weight)
+
+
+def can_pack() -> bool:
+    """Whether this build of torch has oneDNN and its operators."""
+    return torch.backends.mkldnn.is_available() and hasattr(
+        torch.ops.mkldnn, "_reorder_linear_weight"
+    )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The products of one block."""
+
+    qkv: Product
+    out: Product
+    up: Product
+    down: Product
+
+
+class Inference:
+    """Logits of a GPT for generation; see the module text."""
+
+    def __init__(
+        self, model: GPT, dtype: torch.dtype, *, compile: bool = False, keep_weights: bool = True
+    ) -> None:
+        """dtype: of the weights here and of the KV cache. compile: `decode_rows` by torch.compile,
+        which then chooses the products. keep_weights: False empties the model, so that its weights
+        are not in memory twice."""
+        self.config = model.config
+        self.dtype = dtype
+        self.cos, self.sin = model.cos, model.sin
+        self.decode_rows: Callable[[Tensor, Tensor, Tensor], Tensor] = self._decode_rows
+        if compile:
+            self.decode_rows = torch.compile(self._decode_rows, fullgraph=True)
+
+        def arranged(*weights: Tensor) -> Product:
+            parts = [w.detach().to(dtype) for w in weights]
+            whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+            if not keep_weights:
+                for w in weights:
+                    w.data = w.data.new_empty(0)
+            return PlainProduct(whole) if compile else make_product(whole)
+
+        self.embedding = model.wte.weight.detach().to(dtype)
+        self.layers: list[Layer] = []
+        for block in model.blocks:
+            assert isinstance(block, Block)
+            attn, mlp = block.attn, block.mlp
+            qkv = arranged(attn.c_q.weight, attn.c_k.weight, attn.c_v.weight)
+            out = arranged(attn.c_proj.weight)
+            self.layers.append(
+                Layer(qkv, out, arranged(mlp.c_fc.weight), arranged(mlp.c_proj.weight))
+            )
+        self.head = arranged(model.lm_head.weight)
+
+    def __call__(self, idx: Tensor, last: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits [B, vocab_size] (float32) of the tokens behind positions `last` of idx, without
+        the soft cap, which changes no order (sampling.py has it).
+
+        idx: [B, T] int64. last: [B] int64, below T; or [B, K], and the logits are
+        [B, K, vocab_size]. cache: its B rows are continued by idx.
+        """
+        n_tokens = idx.size(1)
+        if cache is None:
+            cos, sin, mask = self.cos[None, :n_tokens], self.sin[None, :n_tokens], None
+        else:
+            positions, mask = cache.begin(n_tokens)
+            cos, sin = self.cos[positions], self.sin[positions]
+        append = None if cache is None else cache.append
+        x = self._features(idx, cos, sin, mask, append)
+        if cache is not None:
+            cache.finish(n_tokens)
+        rows = torch.arange(x.size(0), device=x.device)
+        x = x[rows[:, None] if last.dim() == 2 else rows, last]
+        return self.head(norm(x)).float()
+
+    def _decode_rows(self, idx: Tensor, positions: Tensor, storage: Tensor) -> Tensor:
+        """One token for every row of a cache, in shapes that never change (for torch.compile).
+
+        idx: [B] int64, B all rows of the cache. positions: [B] int64, where the tokens go. storage:
+        the cache's. Rows not in use are computed too; what they leave behind their own length is
+        never seen. Returns logits [B, vocab_size] as above.
+        """
+        rows = torch.arange(idx.size(0), device=idx.device)
+        keys = torch.arange(storage.size(4), device=idx.device)
+        mask = (keys <= positions[:, None])[:, None, None]
+
+        def append(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            storage[layer, 0, rows, :, positions] = k[:, :, 0]
+            storage[layer, 1, rows, :, positions] = v[:, :, 0]
+            return storage[layer, 0], storage[layer, 1]
+
+        cos, sin = self.cos[positions, None], self.sin[positions, None]
+        x = self._features(idx[:, None], cos, sin, mask, append)
+        return self.head(norm(x[:, 0])).float()
+
+    def _features(
+        self, idx: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, append: Append | None
+    ) -> Tensor:
+        """What the last block gives, [B, T, n_embd]. cos, sin: [B or 1, T, head_dim / 2]."""
+        cos, sin = cos[:, :, None], sin[:, :, None]
+        x = norm(F.embedding(idx, self.embedding))
+        for i, layer in enumerate(self.layers):
+            q, k, v = self._queries_keys_values(layer.qkv(norm(x)), cos, sin)
+            if append is not None:
+                k, v = append(i, k, v)
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None and q.size(2) > 1,
+                enable_gqa=self.config.n_head != self.config.n_kv_head,
+            )
+            x = layer.out.added_to(x, y.transpose(1, 2).reshape(x.shape))
+            x = layer.down.added_to(x, F.relu(layer.up(norm(x))).square())
+        return x
+
+    def _queries_keys_values(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, n_head, T, head_dim], k and v [B, n_kv_head, T, head_dim] of a qkv product."""
+        n_head, n_kv_head = self.config.n_head, self.config.n_kv_head
+        heads = qkv.view(*qkv.shape[:2], n_head + 2 * n_kv_head, self.config.head_dim)
+        qk, v = heads.split((n_head + n_kv_head, n_kv_head), dim=2)
+        qk = norm(rotate(qk, cos, sin)).to(v.dtype).transpose(1, 2)
+        q, k = qk.split((n_head, n_kv_head), dim=1)
+        return q, k, v.transpose(1, 2)
