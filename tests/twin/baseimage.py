@@ -1,5 +1,6 @@
-"""debian:bookworm-slim without a registry: what `FROM` of the Dockerfile finds on this machine.
+"""Debian's images without a registry: what `FROM` of a Dockerfile finds on this machine.
 
+* debian:bookworm-slim is the product's, debian:trixie-slim that of the SLURM twin.
 * An image of that name that is there already, or that a registry gives, is used as it is.
 * Else mmdebstrap makes one from the Debian archive in about 15 s. The host's own certificate
   authorities go into it, because behind a TLS-inspecting proxy (companies, CI) a client in a
@@ -25,50 +26,51 @@ class BaseImageError(RuntimeError):
     """There is no base image, and none can be made here; the message says what to install."""
 
 
-def ensure_base_image() -> str:
-    """The tag of the base image, made if need be. Raises BaseImageError."""
-    if _is_there() or _pulled():
-        return BASE_IMAGE
+def ensure_base_image(tag: str = BASE_IMAGE) -> str:
+    """The tag debian:SUITE-slim, made if need be. Raises BaseImageError."""
+    if _is_there(tag) or _pulled(tag):
+        return tag
     if shutil.which("mmdebstrap") is None:
         raise BaseImageError(
-            f"{BASE_IMAGE} is neither here nor in a registry; to make one from the Debian "
+            f"{tag} is neither here nor in a registry; to make one from the Debian "
             "archive: apt-get install mmdebstrap"
         )
     with tempfile.TemporaryDirectory() as scratch:
         archive = Path(scratch) / "base.tar"
-        _bootstrap(archive)
-        _import(archive)
-    return BASE_IMAGE
+        _bootstrap(archive, tag)
+        _import(archive, tag)
+    return tag
 
 
-def _is_there() -> bool:
-    return _docker("image", "inspect", BASE_IMAGE).returncode == 0
+def _is_there(tag: str) -> bool:
+    return _docker("image", "inspect", tag).returncode == 0
 
 
-def _pulled() -> bool:
+def _pulled(tag: str) -> bool:
     try:
-        return _docker("pull", "--quiet", BASE_IMAGE, timeout_s=PULL_TIMEOUT_S).returncode == 0
+        return _docker("pull", "--quiet", tag, timeout_s=PULL_TIMEOUT_S).returncode == 0
     except subprocess.TimeoutExpired:
         return False
 
 
-def _bootstrap(archive: Path) -> None:
+def _bootstrap(archive: Path, tag: str) -> None:
+    suite = tag.removeprefix("debian:").removesuffix("-slim")
     command = ["mmdebstrap", "--quiet", "--variant=minbase", "--include=ca-certificates"]
     if _has_own_certificates():
         command += [
             f"--customize-hook=copy-in {HOST_CERTIFICATES} {HOST_CERTIFICATES.parent}",
             '--customize-hook=chroot "$1" update-ca-certificates',
         ]
-    made = subprocess.run([*command, "bookworm", str(archive)], capture_output=True, text=True)
+    made = subprocess.run([*command, suite, str(archive)], capture_output=True, text=True)
     if made.returncode:
-        raise BaseImageError(f"mmdebstrap could not make {BASE_IMAGE}:\n{made.stderr[-2000:]}")
+        raise BaseImageError(f"mmdebstrap could not make {tag}:\n{made.stderr[-2000:]}")
 
 
-def _import(archive: Path) -> None:
+def _import(archive: Path, tag: str) -> None:
     changes = ['--change=CMD ["bash"]']
     if _has_own_certificates():
         changes += [f"--change=ENV {name}={BUNDLE}" for name in BUNDLE_VARIABLES]
-    imported = _docker("import", *changes, str(archive), BASE_IMAGE)
+    imported = _docker("import", *changes, str(archive), tag)
     if imported.returncode:
         raise BaseImageError(f"docker import failed: {imported.stderr.strip()}")
 
@@ -83,6 +85,6 @@ def _docker(*args: str, timeout_s: float | None = None) -> subprocess.CompletedP
 
 if __name__ == "__main__":
     try:
-        print(ensure_base_image())
+        print(ensure_base_image(*sys.argv[1:]))
     except BaseImageError as e:
         sys.exit(str(e))
