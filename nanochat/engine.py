@@ -36,6 +36,9 @@ FinishReason = Literal["stop", "length", "cancelled"]
 PREFILL_TOKENS_PER_STEP = {"cpu": 512, "cuda": 4096, "mps": 1024}
 """Prompt tokens that one step takes in, so that answers being written are held up only shortly."""
 
+COMPILED_LENGTH = 256
+"""Tokens of the cache that the shortest compiled step attends to; the next ones double it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -58,6 +61,8 @@ class Generation:
     """Per new token: whether the calculator put it there instead of the model."""
     finish_reason: FinishReason | None = None
     """None while in flight."""
+    end_id: int | None = None
+    """The token that ended it; None unless it ended with one."""
     _coming: deque[int] = field(default_factory=deque)
     _expression: list[int] | None = None
 
@@ -272,12 +277,21 @@ class Engine:
         return writing
 
     def _decode_compiled(self, tokens: list[int]) -> Tensor:
-        """As `_run` for one token per row, with all rows of the cache in one fixed shape."""
+        """As `_run` for one token per row, with all rows of the cache and a length that seldom
+        changes, since every shape is compiled anew."""
         idx = torch.zeros(self.max_batch, dtype=torch.int64)
         idx[: len(tokens)] = torch.tensor(tokens)
-        positions = self._cache.lengths.to(self.device)
-        logits = self._forward.decode_rows(idx.to(self.device), positions, self._cache.storage)
-        self._cache.rows(0, len(tokens)).finish(1)
+        cache = self._cache
+        length = COMPILED_LENGTH
+        while length <= int(cache.lengths.max()):
+            length *= 2
+        logits = self._forward.decode_rows(
+            idx.to(self.device),
+            cache.lengths.to(self.device),
+            [k[:, :, :length] for k in cache.keys],
+            [v[:, :, :length] for v in cache.values],
+        )
+        cache.rows(0, len(tokens)).finish(1)
         return logits[: len(tokens)]
 
     def _admit(self) -> list[Generation]:
@@ -341,7 +355,7 @@ class Engine:
         if is_forced:
             token = generation._coming.popleft()
         elif token in self._stop_ids:
-            generation.finish_reason = "stop"
+            generation.finish_reason, generation.end_id = "stop", token
             return
         generation.ids.append(token)
         generation.forced.append(is_forced)

@@ -86,7 +86,7 @@ def _asked(example: Example) -> str:
     return str(example.conversation["messages"][-2]["content"])[-PROMPT_CHARS:]
 
 
-def _prompt(engine: Engine, example: Example, room: int) -> list[int]:
+def prompt_of(engine: Engine, example: Example, room: int) -> list[int]:
     """The conversation without its last reply, and the token that begins a reply; `room` tokens of
     the context are left."""
     ids = render_for_completion(engine.tokenizer, example.conversation)
@@ -101,7 +101,7 @@ def _cropped(ids: Sequence[int], most: int) -> list[int]:
 def _write(engine: Engine, examples: list[Example], max_tokens: int) -> list[str]:
     room = min(max_tokens, engine.max_seq_len // 2)
     requests = [
-        Request(prompt=tuple(_prompt(engine, example, room)), max_tokens=max_tokens)
+        Request(prompt=tuple(prompt_of(engine, example, room)), max_tokens=max_tokens)
         for example in examples
     ]
     return [visible_text(engine.tokenizer, g.ids) for g in engine.complete(requests)]
@@ -109,7 +109,7 @@ def _write(engine: Engine, examples: list[Example], max_tokens: int) -> list[str
 
 def _choose(engine: Engine, examples: list[Example]) -> list[str]:
     """Of every example's letters the one of the largest logit. A letter is one token."""
-    logits = engine.next_logits([_prompt(engine, example, 1) for example in examples]).cpu()
+    logits = engine.next_logits([prompt_of(engine, example, 1) for example in examples]).cpu()
     chosen = []
     for row, example in zip(logits, examples, strict=True):
         scores = {}

@@ -4,6 +4,7 @@ Kinds of lines (`time_s` is Unix time; non-finite numbers are written as null):
 
 * step    {"stage","step","time_s","loss","lr","grad_norm","tokens_per_s","mfu",…}
 * val     {"stage","step","time_s","val_bpb",…}
+* reward  {"stage","step","time_s","val_reward","stderr","n"}, of held-out examples
 * task    {"stage","task","metric","value","stderr","n","chance"}, stage = whose weights were scored
 * sample  {"stage","step","time_s","sample": prompt,"text"}
 * event   {"stage","step","time_s","event","message",…}
@@ -94,6 +95,13 @@ class Metrics:
         record = self._write(step, {"val_bpb": val_bpb} | values)
         for warning in self._watch.look_val(record):
             self.log_event("warning", warning)
+
+    def log_reward(self, step: int, val_reward: float, *, stderr: float, n: int) -> None:
+        """A look at the held-out reward: the mean over n examples, and its standard error."""
+        if self._log is None:
+            return
+        self._step = step
+        self._write(step, {"val_reward": val_reward, "stderr": stderr, "n": n})
 
     def log_task(
         self,

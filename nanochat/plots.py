@@ -128,6 +128,14 @@ CURVES = (
         from_zero=True,
     ),
     Curve(
+        "val_reward",
+        "Held-out reward",
+        "Share of held-out examples that are answered right, most likely token first.",
+        "reward",
+        _key("val_reward"),
+        from_zero=True,
+    ),
+    Curve(
         "tokens_per_s",
         "Speed",
         "Tokens per second over all ranks.",

@@ -22,7 +22,7 @@ from nanochat.metrics import Metrics
 from nanochat.optim import Optimizer, build_optimizer
 from nanochat.rundir import Outcome, RunDir
 from nanochat.scaling import StageNumbers, flops_per_token, gpt_config, resolve_stage
-from nanochat.spec import RunSpec, TrainStage
+from nanochat.spec import ChatRl, RunSpec, TrainStage
 from nanochat.stage import StageFailed
 from nanochat.tokenizer import TokenizerLike, load_tokenizer
 from nanochat.weights import load_model
@@ -35,7 +35,7 @@ class Prepared:
     run: RunDir
     spec: RunSpec
     stage: str
-    settings: TrainStage
+    settings: TrainStage | ChatRl
     numbers: StageNumbers
     dist: Dist
     tokenizer: TokenizerLike
@@ -125,7 +125,7 @@ def prepare(run: RunDir, stage: str, weights_from: str | None = None) -> Prepare
     distributed.seed_rank(spec.seed, dist.rank)
     if spec.runtime.deterministic:
         torch.use_deterministic_algorithms(True)
-    settings: TrainStage = getattr(spec, stage)
+    settings: TrainStage | ChatRl = getattr(spec, stage)
     dtype = compute_dtype(spec.runtime.dtype, dist.device)
     model, train_model, is_sharded = _build_model(spec, plan, dist, dtype)
     if weights_from is not None:

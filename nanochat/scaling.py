@@ -7,7 +7,7 @@ arithmetic, no torch, so that a plan costs milliseconds and a laptop can plan fo
 import math
 from dataclasses import dataclass, replace
 
-from nanochat.spec import TRAIN_STAGES, ChatStage, Model, RunSpec, SpecError, TrainStage
+from nanochat.spec import TRAIN_STAGES, ChatRl, ChatStage, Model, RunSpec, SpecError, TrainStage
 
 AUTO_MICRO_BATCH_TOKENS = 16_384
 """Tokens of a forward pass where nothing but the schedule bounds it: enough to fill a CPU."""
@@ -146,14 +146,27 @@ def resolve(
 def resolve_stage(
     spec: RunSpec, name: str, world_size: int, device_batch_size: int | None = None
 ) -> StageNumbers:
-    """Numbers of one training stage; `device_batch_size` overrules "auto". Raises SpecError."""
-    stage: TrainStage = getattr(spec, name)
-    rows = stage.total_batch_size // spec.model.seq_len
-    if rows % world_size:
-        raise SpecError(
-            f"{name}.total_batch_size = {stage.total_batch_size} is {rows} rows of "
-            f"{spec.model.seq_len} tokens, which {world_size} ranks cannot share evenly"
-        )
+    """Numbers of one training stage; `device_batch_size` overrules "auto". Raises SpecError.
+
+    A row of chat_rl is a rollout, and total_batch_size the most tokens that all of them can have.
+    """
+    stage: TrainStage | ChatRl = getattr(spec, name)
+    if isinstance(stage, ChatRl):
+        rows = stage.prompts_per_step * stage.samples_per_prompt
+        total_batch_size = rows * spec.model.seq_len
+        if stage.prompts_per_step % world_size:
+            raise SpecError(
+                f"{name}.prompts_per_step = {stage.prompts_per_step} prompts cannot be shared "
+                f"evenly by {world_size} ranks"
+            )
+    else:
+        rows = stage.total_batch_size // spec.model.seq_len
+        total_batch_size = stage.total_batch_size
+        if rows % world_size:
+            raise SpecError(
+                f"{name}.total_batch_size = {stage.total_batch_size} is {rows} rows of "
+                f"{spec.model.seq_len} tokens, which {world_size} ranks cannot share evenly"
+            )
     rows_per_rank = rows // world_size
     able = divisors(rows_per_rank)
     if stage.device_batch_size == "auto":
@@ -172,7 +185,7 @@ def resolve_stage(
     return StageNumbers(
         stage=name,
         num_steps=_num_steps(spec, name),
-        total_batch_size=stage.total_batch_size,
+        total_batch_size=total_batch_size,
         rows_per_step=rows,
         device_batch_size=batch,
         grad_accum_steps=rows_per_rank // batch,

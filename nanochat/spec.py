@@ -42,6 +42,8 @@ PUBLISHED_TASKS = (
 )
 """Tasks whose examples are files that `fetch` brings."""
 WEIGHT_STAGES = ("base_train", "mid_train", "chat_sft", "chat_rl")
+RL_TASKS = ("arithmetic", "copying", "gsm8k", "identity", "spelling")
+"""Tasks whose written answers can be marked, with examples to train on."""
 CHATCORE_TASKS = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling")
 """ChatCORE is the mean of their centred accuracies."""
 MACHINE_FIELDS = ("offer", "stop_grace_s", "budget", "checkpoint", "runtime")
@@ -53,6 +55,12 @@ def _known_task(name: str) -> str:
     known = [*GENERATED_TASKS, *PUBLISHED_TASKS]
     if name not in known:
         raise ValueError(_unknown(name, known, "task"))
+    return name
+
+
+def _rewarding_task(name: str) -> str:
+    if name not in RL_TASKS:
+        raise ValueError(_unknown(name, list(RL_TASKS), "task to reward"))
     return name
 
 
@@ -287,26 +295,34 @@ class ChatSft(ChatStage):
 class ChatRl(Section):
     """Reinforcement learning on a task whose answers can be checked (simplified GRPO)."""
 
-    task: TaskName = "gsm8k"
-    """The task whose reward is maximised."""
+    task: Annotated[str, AfterValidator(_rewarding_task)] = "gsm8k"
+    """The task whose reward is maximised: arithmetic, copying, gsm8k, identity or spelling."""
     num_steps: Positive
     """Optimizer steps."""
     prompts_per_step: Positive = 16
-    """Prompts of one step over all ranks."""
+    """Prompts of one step over all ranks, which share them evenly."""
     samples_per_prompt: Annotated[int, Field(ge=2)] = 16
     """Rollouts of one prompt; the advantage is the reward minus their mean."""
     max_tokens: Positive = 256
     """Tokens of a rollout at most."""
     temperature: Rate = 1.0
-    """Sampling temperature of the rollouts."""
+    """Sampling temperature of the rollouts; at 1 they are on-policy."""
+    device_batch_size: Positive | Literal["auto"] = "auto"
+    """Rollouts per rank and forward pass of the training; auto: as many as 16,384 tokens hold."""
     matrix_lr: Rate = 0.001
     """Muon learning rate of the matrices."""
     embedding_lr: Rate = 0.01
     """AdamW learning rate of the token embedding at width 768."""
     unembedding_lr: Rate = 0.0002
     """AdamW learning rate of the output head at width 768."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay, all parameters."""
+    grad_clip: Rate = 1.0
+    """Largest norm of the gradient; inf switches clipping off."""
     eval_every_steps: Positive = 60
-    """Steps between two looks at the held-out reward."""
+    """Steps between two looks at the held-out reward (also at step 0 and at the end)."""
+    eval_examples: Positive = 128
+    """Held-out examples of one look, answered greedily; all there are where these are fewer."""
 
 
 class Evaluate(Section):

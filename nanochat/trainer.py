@@ -254,7 +254,7 @@ def fit(
         if is_stopping:
             checkpointer.wait()
             is_new = saved_step != at.step
-            if is_new and _from_rank_0(dist, (_can_save_in_time(run, checkpointer),))[0]:
+            if is_new and _from_rank_0(dist, (can_save_in_time(run, checkpointer),))[0]:
                 save(wait=True)
             loader.close()
             return Outcome(
@@ -372,7 +372,7 @@ def fit(
             "device_batch_size": numbers.device_batch_size,
             "grad_accum_steps": numbers.grad_accum_steps,
             "world_size": dist.world_size,
-            "peak_memory_gib": _peak_memory_gib(dist.device),
+            "peak_memory_gib": peak_memory_gib(dist.device),
             "checkpoint_stall_s": stalls_s,
             "checkpoint_s": checkpointer.last_save_s,
             "checkpoint_bytes": checkpointer.last_bytes,
@@ -427,7 +427,7 @@ def _running_mean(mean: float | None, loss: float) -> float:
     return loss if mean is None else LOSS_DECAY * mean + (1 - LOSS_DECAY) * loss
 
 
-def _can_save_in_time(run: RunDir, checkpointer: Checkpointer) -> bool:
+def can_save_in_time(run: RunDir, checkpointer: Checkpointer) -> bool:
     """Whether a save of the measured length ends before the deadline of the stop."""
     request = run.stop_request()
     if request is None or checkpointer.last_save_s is None:
@@ -435,7 +435,7 @@ def _can_save_in_time(run: RunDir, checkpointer: Checkpointer) -> bool:
     return time.time() + 1.5 * checkpointer.last_save_s < request.deadline_s
 
 
-def _peak_memory_gib(device: torch.device) -> float:
+def peak_memory_gib(device: torch.device) -> float:
     """Most memory that this process has held: of the GPU, or resident in the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / GIB

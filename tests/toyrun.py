@@ -13,8 +13,17 @@ import psutil
 from nanochat.rundir import RunDir, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ["data_fetch", "tok_train", "base_train", "mid_train", "chat_sft", "evaluate", "report"]
-TRAINED = ["base_train", "mid_train", "chat_sft"]
+STAGES = [
+    "data_fetch",
+    "tok_train",
+    "base_train",
+    "mid_train",
+    "chat_sft",
+    "chat_rl",
+    "evaluate",
+    "report",
+]
+TRAINED = ["base_train", "mid_train", "chat_sft", "chat_rl"]
 
 
 def start(run_dir: Path, *overrides: str) -> subprocess.Popen[str]:

@@ -47,7 +47,7 @@ def test_every_stage_is_done_and_leaves_what_the_contract_names(whole: RunDir) -
     steps = [m["step"] for m in metrics if m["stage"] == "base_train" and "val_bpb" in m]
     assert steps[0] == 0 and steps[-1] == 60
     scored = {m["stage"] for m in metrics if "task" in m}
-    assert scored == {"base_train", "mid_train", "chat_sft"}
+    assert scored == {"base_train", "mid_train", "chat_sft", "chat_rl"}
 
 
 def test_it_learns(whole: RunDir) -> None:
