@@ -3,16 +3,19 @@
 The two stages differ in their mixture, their learning rates and in whose weights they start from.
 """
 
+import shutil
+from pathlib import Path
+
 import torch
 
 from nanochat.data import Loader, validation_set
 from nanochat.prepare import Prepared, note_out_of_memory, prepare
+from nanochat.rendered import Rendered, render
 from nanochat.rundir import Outcome, RunDir
 from nanochat.scaling import num_steps_of_epochs
 from nanochat.sources import ConversationSource
 from nanochat.spec import ChatStage, SpecError
-from nanochat.tasks import Split, mixture
-from nanochat.tokenizer import render_conversation
+from nanochat.tasks import Mixture, Split
 from nanochat.trainer import fit
 
 HELD_OUT_PER_TASK = 64
@@ -24,17 +27,16 @@ def train_on_conversations(run: RunDir, stage: str, weights_from: str) -> Outcom
     p = prepare(run, stage, weights_from=weights_from)
     settings = p.settings
     assert isinstance(settings, ChatStage)
-    train = _source(p, dict(settings.mixture), "train", seed=p.spec.seed)
-    held_out = _source(
-        p, {task: HELD_OUT_PER_TASK for task in settings.mixture}, "validation", seed=None
-    )
+    rendered = _render(p, dict(settings.mixture), "train")
+    held_out = _render(p, dict.fromkeys(settings.mixture, HELD_OUT_PER_TASK), "validation")
+    train = _source(p, rendered)
     if settings.num_epochs is not None:
-        num_steps = num_steps_of_epochs(settings, train.num_tokens)
+        num_steps = num_steps_of_epochs(settings, rendered.num_tokens)
         p.numbers = p.numbers.with_steps(num_steps)
         if p.dist.is_main:
             run.append_resolved("num_steps", stage=stage, num_steps=num_steps)
     validation = validation_set(
-        held_out,
+        _source(p, held_out),
         seq_len=p.numbers.seq_len,
         max_tokens=settings.eval_tokens,
         batch_rows=p.eval_rows(),
@@ -61,19 +63,33 @@ def train_on_conversations(run: RunDir, stage: str, weights_from: str) -> Outcom
         )
     except torch.OutOfMemoryError as e:
         outcome = note_out_of_memory(p, e)
+    if outcome.outcome == "done" and p.dist.is_main:
+        shutil.rmtree(_folder(p), ignore_errors=True)
     p.close(outcome)
     return outcome
 
 
-def _source(
-    p: Prepared, tasks: dict[str, int], split: Split, seed: int | None
-) -> ConversationSource:
-    """Rendered conversations. Raises SpecError where one is longer than the context."""
+def _folder(p: Prepared) -> Path:
+    return p.run.path / "conversations" / p.stage
+
+
+def _render(p: Prepared, sizes: dict[str, int], split: Split) -> Rendered:
+    """The stage's conversations of a split. Raises SpecError where none has a target."""
     seq_len = p.numbers.seq_len
-    rendered = [
-        render_conversation(p.tokenizer, c, max_tokens=seq_len)
-        for c in mixture(tasks, split, p.spec.seed)
-    ]
-    if not any(any(mask) for _, mask in rendered):
+
+    def say(fraction: float) -> None:
+        if p.dist.is_main:
+            p.run.write_progress(p.stage, "tokenize", fraction=round(fraction, 4))
+
+    mixture = Mixture(sizes, split, p.spec.seed)
+    rendered = render(mixture, p.tokenizer, seq_len, _folder(p) / split, p.dist, say)
+    if rendered.num_targets == 0:
         raise SpecError(f"no conversation of {p.stage} fits model.seq_len = {seq_len}")
-    return ConversationSource(rendered, bos_id=p.tokenizer.bos_id, seed=seed)
+    return rendered
+
+
+def _source(p: Prepared, rendered: Rendered) -> ConversationSource:
+    """In an order of its own for every epoch; the first epoch's, for what is held out."""
+    return ConversationSource(
+        rendered, bos_id=p.tokenizer.bos_id, seed=p.spec.seed, fingerprint=rendered.fingerprint
+    )

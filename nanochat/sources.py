@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import ArrayLike
 
 from nanochat.corpus import DataFile
 from nanochat.packing import Document
@@ -249,14 +250,14 @@ class TokenCacheSource:
 class ConversationSource:
     """Rendered conversations: (ids, mask) each, mask 1 on the tokens that are targets.
 
-    `rendered` may be any sequence; one that renders in `__getitem__` needs no memory for tokens.
+    `rendered` may be any sequence, also one of mapped files (nanochat/rendered.py).
     """
 
     is_slow = False
 
     def __init__(
         self,
-        rendered: Sequence[tuple[Sequence[int], Sequence[int]]],
+        rendered: Sequence[tuple[ArrayLike, ArrayLike]],
         *,
         bos_id: int,
         seed: int | None,
@@ -268,7 +269,7 @@ class ConversationSource:
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
         self.num_documents = len(rendered)
         self.bos_id = bos_id
-        named = fingerprint or _digest([[list(map(int, part)) for part in r] for r in rendered])
+        named = fingerprint or _digest([[np.asarray(p).tolist() for p in r] for r in rendered])
         self.fingerprint = _digest("conversations", named, len(rendered), seed)
 
     def fetch(self, epoch: int, start: int, stop: int) -> Documents:
@@ -280,11 +281,6 @@ class ConversationSource:
 
     def _make_order(self, epoch: int) -> np.ndarray:
         return permutation(self.num_documents, self._seed, epoch)
-
-    @functools.cached_property
-    def num_tokens(self) -> int:
-        """Tokens of all conversations, <|bos|> included."""
-        return sum(len(ids) for ids, _ in self._rendered)
 
 
 def document_stream(

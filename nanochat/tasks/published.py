@@ -41,24 +41,32 @@ class PublishedTask(ABC):
 
     @property
     def num_examples(self) -> int:
-        return len(self._rows)
+        return len(self._order)
 
     def example(self, index: int) -> Example:
         """The example at `index` of the fixed order. Raises IndexError."""
         if not 0 <= index < self.num_examples:
             raise IndexError(f"{self.name} {self.split} has {self.num_examples} examples: {index}")
-        return self.from_row(self._rows[index])
+        return self.from_row(self._row(self._order[index]))
 
     @functools.cached_property
-    def _rows(self) -> list[Row]:
-        rows = [row for path in self._paths for row in read_rows(path, self.columns)]
-        rows = [row for row in rows if self.is_in_split(row)]
-        random.Random(f"{self.name} {self.split}").shuffle(rows)
-        return rows
+    def _table(self) -> pa.Table:
+        tables = [read_table(path, self.columns) for path in self._paths]
+        return pa.concat_tables(tables).combine_chunks()
 
-    def is_in_split(self, row: Row) -> bool:
-        """Whether a row of the split's files belongs to it."""
-        return True
+    def _row(self, number: int) -> Row:
+        return {name: self._table[name][number].as_py() for name in self.columns}
+
+    @functools.cached_property
+    def _order(self) -> list[int]:
+        """Rows of the split in their fixed order."""
+        order = list(self.rows_of_split(self._table))
+        random.Random(f"{self.name} {self.split}").shuffle(order)
+        return order
+
+    def rows_of_split(self, table: pa.Table) -> Sequence[int]:
+        """Which rows of the split's files belong to it."""
+        return range(len(table))
 
     @abstractmethod
     def from_row(self, row: Row) -> Example:
@@ -69,15 +77,15 @@ class PublishedTask(ABC):
         return completion.strip() == example.answer
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
-    """All rows of a parquet file. Raises SpecError that names it where it is not what it should."""
+def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
+    """Columns of a parquet file, in one piece each. Raises SpecError that names it where it is not
+    what it should."""
     try:
         with pq.ParquetFile(path) as parquet:
             check_columns(path, parquet, columns)
-            rows: list[Row] = parquet.read(columns=list(columns)).to_pylist()
+            return parquet.read(columns=list(columns)).combine_chunks()
     except (OSError, pa.ArrowException) as e:
         raise damaged(path, e) from None
-    return rows
 
 
 def check_columns(path: Path, parquet: pq.ParquetFile, columns: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from nanochat import sandbox, touches
 from nanochat.calculator import calculate
 from nanochat.spec import PUBLISHED_TASKS, SpecError
-from nanochat.tasks import TASKS, make_task, mixture
+from nanochat.tasks import TASKS, Mixture, make_task
 from nanochat.tasks.core import LABELS, CoreTask, core_score, core_tasks
 from nanochat.tasks.gsm8k import final_number, solution_parts
 from nanochat.tasks.humaneval import program_of
@@ -228,9 +228,9 @@ def test_smoltalk_begins_with_a_system_message_and_ends_with_a_reply() -> None:
 
 
 def test_a_mixture_of_published_and_generated_conversations() -> None:
-    mixed = mixture({"smoltalk": 30, "arc_easy": 10, "identity": 5}, "train", 1)
+    mixed = Mixture({"smoltalk": 30, "arc_easy": 10, "identity": 5}, "train", 1)
     assert len(mixed) == 45
-    assert len(mixture({"gsm8k": 500}, "train")) == 500  # passed through more than once
+    assert len(Mixture({"gsm8k": 500}, "train")) == 500  # passed through more than once
 
 
 # -- CORE

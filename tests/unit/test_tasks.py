@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nanochat.calculator import calculate
 from nanochat.spec import GENERATED_TASKS, SpecError
-from nanochat.tasks import TASKS, make_task, mixture
+from nanochat.tasks import TASKS, Mixture, make_task
 from nanochat.tasks.common import in_test_split
 
 NAMES = sorted(GENERATED_TASKS)
@@ -103,13 +103,15 @@ def test_both_orders_of_a_sum_are_one_question() -> None:
 
 def test_a_mixture_holds_what_was_asked_in_a_fixed_order() -> None:
     sizes = {"copying": 30, "identity": 20}
-    conversations = mixture(sizes, "train", seed=3)
-    assert conversations == mixture(dict(reversed(sizes.items())), "train", seed=3)
-    assert conversations != mixture(sizes, "train", seed=4)
+    conversations = Mixture(sizes, "train", seed=3)
+    assert list(conversations) == list(Mixture(dict(reversed(sizes.items())), "train", seed=3))
+    assert list(conversations) != list(Mixture(sizes, "train", seed=4))
     copied = [make_task("copying", "train", 3).example(i).conversation for i in range(30)]
-    assert [c for c in conversations if c in copied] != copied  # shuffled
-    assert len(conversations) == 50 and all(c in conversations for c in copied)
-    assert len(mixture({"identity": 100}, "test")) == 100  # passed through more than once
+    assert [conversations[i] for i in range(30)] == copied and len(conversations) == 50
+    twice = Mixture({"identity": 100}, "test")  # of 40: passed through more than once
+    assert len(twice) == 100 and twice[99] == twice[19]
+    with pytest.raises(IndexError):
+        twice[100]
 
 
 def test_an_unknown_task_names_the_known_ones() -> None:
