@@ -26,6 +26,12 @@ COPY infra/image/tools.lock /build/
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m pip install --quiet --break-system-packages --root-user-action=ignore \
       --require-hashes -r /build/tools.lock
+# What the stages below mount, and where: BuildKit leaves an empty file or folder at every place
+# of a mount that was not there, so they mount over Debian's own empty /mnt and /media.
+COPY infra/image/strip_venv.sh /build/dependencies/strip-venv
+COPY infra/image/strip_venv.sh /build/runtime/strip-venv
+COPY infra/image/uv infra/image/skypilot-runtime.lock /build/runtime/
+RUN cp /usr/local/bin/uv /build/dependencies/uv && cp /usr/local/bin/uv /build/runtime/real-uv
 
 # ---------------------------------------------------------------------------------------------
 # the Rust tokenizer as an abi3 wheel; rustc-web is the newest compiler that bookworm has
@@ -42,7 +48,8 @@ RUN --mount=type=cache,target=/root/.cargo/registry \
     --mount=type=cache,target=/build/target \
     CARGO_TARGET_DIR=/build/target maturin build --release --locked --quiet \
       --interpreter python3 --out /build/wheels \
- && cargo metadata --locked --format-version 1 --filter-platform x86_64-unknown-linux-gnu \
+ && cargo metadata --locked --features python --format-version 1 \
+      --filter-platform x86_64-unknown-linux-gnu \
       > /build/cargo-metadata.json
 
 # ---------------------------------------------------------------------------------------------
@@ -69,13 +76,13 @@ WORKDIR /workspace
 FROM system AS dependencies
 ARG REQUIREMENTS=requirements.lock
 COPY ${REQUIREMENTS} /opt/nanochat/requirements.lock
-RUN --mount=type=bind,from=tools,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
-    --mount=type=bind,source=infra/image/strip_venv.sh,target=/usr/local/bin/strip-venv \
-    --mount=type=cache,target=/root/.cache/uv \
-    uv venv --quiet --no-config --python /usr/bin/python3 /opt/nanochat/venv \
- && UV_LINK_MODE=copy uv pip install --quiet --python /opt/nanochat/venv/bin/python \
+RUN --mount=type=bind,from=tools,source=/build/dependencies,target=/mnt \
+    --mount=type=cache,id=uv,target=/media \
+    export UV_CACHE_DIR=/media UV_LINK_MODE=copy \
+ && /mnt/uv venv --quiet --no-config --python /usr/bin/python3 /opt/nanochat/venv \
+ && /mnt/uv pip install --quiet --python /opt/nanochat/venv/bin/python \
       --require-hashes --no-build -r /opt/nanochat/requirements.lock \
- && strip-venv /opt/nanochat/venv \
+ && /mnt/strip-venv /opt/nanochat/venv \
  && echo /opt/nanochat/app > /opt/nanochat/venv/lib/python3.11/site-packages/nanochat-app.pth
 ENV PATH=/opt/nanochat/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     LANG=C.UTF-8 \
@@ -87,18 +94,16 @@ ENV PATH=/opt/nanochat/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bi
 
 FROM dependencies AS runtime
 ARG SKYPILOT_RUNTIME=1
-RUN --mount=type=bind,source=infra/image/skypilot-runtime.lock,target=/build/runtime.lock \
-    --mount=type=bind,source=infra/image/uv,target=/build/uv \
-    --mount=type=bind,from=tools,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
-    --mount=type=bind,source=infra/image/strip_venv.sh,target=/usr/local/bin/strip-venv \
-    --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=bind,from=tools,source=/build/runtime,target=/mnt \
+    --mount=type=cache,id=uv,target=/media \
     if [ "${SKYPILOT_RUNTIME}" = 1 ]; then \
-      install -D -m 755 /usr/local/bin/uv /opt/nanochat/bin/uv \
-   && install -D -m 755 /build/uv /root/.local/bin/uv \
-   && uv venv --quiet --no-config --python /usr/bin/python3 /root/skypilot-runtime \
-   && UV_LINK_MODE=copy uv pip install --quiet --python /root/skypilot-runtime/bin/python \
-        --require-hashes -r /build/runtime.lock \
-   && strip-venv /root/skypilot-runtime; \
+      export UV_CACHE_DIR=/media UV_LINK_MODE=copy \
+   && install -D -m 755 /mnt/real-uv /opt/nanochat/bin/uv \
+   && install -D -m 755 /mnt/uv /root/.local/bin/uv \
+   && /mnt/real-uv venv --quiet --no-config --python /usr/bin/python3 /root/skypilot-runtime \
+   && /mnt/real-uv pip install --quiet --python /root/skypilot-runtime/bin/python \
+        --require-hashes -r /mnt/skypilot-runtime.lock \
+   && /mnt/strip-venv /root/skypilot-runtime; \
     fi
 
 # ---------------------------------------------------------------------------------------------
@@ -153,9 +158,9 @@ COPY --from=app /out/ /
 FROM kit AS test
 COPY requirements-dev.lock /build/
 RUN --mount=type=bind,from=tools,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
-    --mount=type=cache,target=/root/.cache/uv \
-    UV_LINK_MODE=copy uv pip install --quiet --python /opt/nanochat/venv/bin/python \
-      --require-hashes -r /build/requirements-dev.lock
+    --mount=type=cache,id=uv,target=/media \
+    UV_CACHE_DIR=/media UV_LINK_MODE=copy uv pip install --quiet \
+      --python /opt/nanochat/venv/bin/python --require-hashes -r /build/requirements-dev.lock
 COPY . /build/
 WORKDIR /build
 USER 1000:0

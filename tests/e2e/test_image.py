@@ -30,7 +30,7 @@ FORBIDDEN = {
     "credentials": re.compile(
         r"(^|/)(\.env|\.netrc|\.pypirc|\.runpod|id_(rsa|ed25519)|\.docker/config\.json)(/|$)"
     ),
-    "our tests": re.compile(r"^opt/nanochat/.*(^|/)test_[^/]*\.py$"),
+    "tests": re.compile(r"^opt/nanochat/app/(.*/)?(tests/|test_[^/]*\.py$)"),
     "Rust": re.compile(r"^usr/bin/(rustc|cargo)|(^|/)[^/]+\.rlib$"),
     "build folder": re.compile(r"^(build|out)(/|$)"),
 }
