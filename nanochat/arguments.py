@@ -32,7 +32,7 @@ def chat_parser(**options: Any) -> Parser:
     parser.add_argument("--top-k", type=int, default=50, help="likeliest tokens to choose from")
     parser.add_argument("--max-tokens", type=int, default=256, help="length of an answer at most")
     parser.add_argument("--seed", type=int, help="for the same answers again")
-    parser.add_argument("--device", default="auto", choices=DEVICES)
+    _add_device(parser)
     parser.add_argument(
         "--json", action="store_true", help="with --prompt: the answer and its facts as JSON"
     )
@@ -67,7 +67,7 @@ def serve_parser(**options: Any) -> Parser:
     parser.add_argument("--max-body-kib", type=int, default=1024, help="of one request")
     parser.add_argument("--time-limit-s", type=float, default=300.0, help="of one answer")
     parser.add_argument("--drain-s", type=int, default=20, help="for answers in flight at the end")
-    parser.add_argument("--device", default="auto", choices=DEVICES)
+    _add_device(parser)
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     return parser
 
@@ -84,6 +84,16 @@ def export_parser(**options: Any) -> Parser:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
     return parser
+
+
+def _add_device(parser: Parser) -> None:
+    parser.add_argument("--device", default="auto", choices=DEVICES)
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "fp32", "bf16"),
+        help="of the weights: bf16 on CUDA, else fp32; bf16 is faster on CPUs with AMX",
+    )
 
 
 def _add_model(parser: Parser) -> None:

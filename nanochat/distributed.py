@@ -132,13 +132,14 @@ def choose_float32_kernels(device_type: str) -> None:
     """
     if device_type == "cuda":
         torch.set_float32_matmul_precision("high")
-    elif device_type == "cpu" and _is_amd_cpu():
+    elif device_type == "cpu" and is_amd_cpu():
         torch.set_float32_matmul_precision("medium")
         if _product_error() > 1e-5:
             torch.set_float32_matmul_precision("highest")
 
 
-def _is_amd_cpu() -> bool:
+def is_amd_cpu() -> bool:
+    """Whether this machine has an x86 processor of AMD's."""
     facts = Path("/proc/cpuinfo")
     return platform.machine() == "x86_64" and facts.exists() and "AuthenticAMD" in facts.read_text()
 

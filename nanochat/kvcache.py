@@ -19,9 +19,9 @@ from nanochat.scaling import GPTConfig
 
 
 class KVCache:
-    """Storage [n_layer, 2, n_rows, n_kv_head, max_len, head_dim] and the length of every row.
+    """Keys and values, per layer [n_rows, n_kv_head, max_len, head_dim], and every row's length.
 
-    `lengths` (CPU int64, [n_rows]) counts the valid tokens of each row; what lies behind them is
+    A tensor per layer, so that a compiled step writes into each where it lies. `lengths` (CPU int64, [n_rows]) counts the valid tokens of each row; what lies behind them is
     never attended to. A view made by `rows` shares storage and lengths with its parent.
     """
 
@@ -40,8 +40,11 @@ class KVCache:
                 f"a KV cache of {max_len} tokens is longer than the model's seq_len "
                 f"{config.seq_len}; ask for at most {config.seq_len}"
             )
-        shape = (config.n_layer, 2, n_rows, config.n_kv_head, max_len, config.head_dim)
-        self.storage = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (n_rows, config.n_kv_head, max_len, config.head_dim)
+        self.keys, self.values = (
+            [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+            for _ in range(2)
+        )
         self.lengths = torch.zeros(n_rows, dtype=torch.int64)
         self._positions = torch.empty(0, 0, dtype=torch.int64)
         self._uniform_start: int | None = 0
@@ -53,7 +56,7 @@ class KVCache:
 
     @property
     def max_len(self) -> int:
-        return self.storage.shape[4]
+        return self.keys[0].size(2)
 
     # -------------------------------------------------------------------------
     # For the engine
@@ -62,14 +65,16 @@ class KVCache:
         """View of rows start .. stop - 1."""
         assert 0 <= start < stop <= self.n_rows
         view = object.__new__(KVCache)
-        view.storage = self.storage[:, :, start:stop]
+        view.keys = [k[start:stop] for k in self.keys]
+        view.values = [v[start:stop] for v in self.values]
         view.lengths = self.lengths[start:stop]
         return view
 
     def copy_row(self, *, source: int, to: int) -> None:
         """Overwrite row `to` with the tokens of row `source`."""
         length = int(self.lengths[source])
-        self.storage[:, :, to, :, :length] = self.storage[:, :, source, :, :length]
+        for stored in (*self.keys, *self.values):
+            stored[to, :, :length] = stored[source, :, :length]
         self.lengths[to] = length
 
     def set_length(self, row: int, length: int) -> None:
@@ -83,7 +88,7 @@ class KVCache:
     def begin(self, n_new: int) -> tuple[Tensor, Tensor | None]:
         """Prepare for n_new tokens per row.
 
-        Returns their positions [n_rows or 1, n_new] (int64, on the storage's device) and the mask
+        Returns their positions [n_rows or 1, n_new] (int64, on the cache's device) and the mask
         [n_rows or 1, 1, n_new, stop], True where a key may be seen; None where the new tokens are
         the whole sequence (plain causal attention) or may see every key.
         Raises ValueError where a row would outgrow max_len.
@@ -97,25 +102,25 @@ class KVCache:
         uniform = bool((self.lengths == shortest).all())
         self._uniform_start = shortest if uniform else None
         starts = self.lengths[:1] if uniform else self.lengths
-        positions = (starts[:, None] + torch.arange(n_new)).to(self.storage.device)
+        positions = (starts[:, None] + torch.arange(n_new)).to(self.keys[0].device)
         self._positions = positions
         if uniform and (shortest == 0 or n_new == 1):
             return positions, None
-        keys = torch.arange(self._stop, device=self.storage.device)
+        keys = torch.arange(self._stop, device=positions.device)
         return positions, (keys <= positions[:, :, None])[:, None]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v [n_rows, n_kv_head, n_new, head_dim]; return all keys and values of the
         layer, [n_rows, n_kv_head, stop, head_dim]."""
-        stored = self.storage[layer]
+        keys, values = self.keys[layer], self.values[layer]
         if self._uniform_start is not None:
-            stored[0, :, :, self._uniform_start : self._stop] = k
-            stored[1, :, :, self._uniform_start : self._stop] = v
+            keys[:, :, self._uniform_start : self._stop] = k
+            values[:, :, self._uniform_start : self._stop] = v
         else:
-            row = torch.arange(self.n_rows, device=stored.device)[:, None]
-            stored[0].transpose(1, 2)[row, self._positions] = k.transpose(1, 2).to(stored.dtype)
-            stored[1].transpose(1, 2)[row, self._positions] = v.transpose(1, 2).to(stored.dtype)
-        return stored[0, :, :, : self._stop], stored[1, :, :, : self._stop]
+            row = torch.arange(self.n_rows, device=keys.device)[:, None]
+            keys.transpose(1, 2)[row, self._positions] = k.transpose(1, 2).to(keys.dtype)
+            values.transpose(1, 2)[row, self._positions] = v.transpose(1, 2).to(values.dtype)
+        return keys[:, :, : self._stop], values[:, :, : self._stop]
 
     def finish(self, n_new: int) -> None:
         """Count the n_new tokens that every layer has appended."""

@@ -94,6 +94,11 @@ def _short(stage: str) -> str:
     return next(short for short, name in STAGE_OF.items() if name == stage)
 
 
+def dtype_named(name: str) -> torch.dtype | None:
+    """The dtype of `--dtype`; None for auto."""
+    return {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
 def pick_device() -> str:
     """cuda where there is one, else mps, else cpu."""
     if torch.cuda.is_available():

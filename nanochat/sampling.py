@@ -13,6 +13,8 @@ from torch import Tensor
 
 from nanochat.loss import softcap
 
+ARGMAX_BLOCK = 128
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -46,9 +48,9 @@ def sample(logits: Tensor, settings: Sequence[Sampling], uniforms: Sequence[floa
     changes no order, and costs as much as a layer of a small model. settings, uniforms: one per
     row; a uniform lies in [0, 1).
     """
+    chosen = likeliest(logits)
     if all(s.greedy for s in settings):
-        return logits.argmax(dim=-1).tolist()
-    chosen = logits.argmax(dim=-1)
+        return chosen.tolist()
     for wanted, choose in ((False, _from_all), (True, _from_most_likely)):
         rows = [i for i, s in enumerate(settings) if not s.greedy and _truncates(s) == wanted]
         if rows:
@@ -56,6 +58,21 @@ def sample(logits: Tensor, settings: Sequence[Sampling], uniforms: Sequence[floa
             u = torch.tensor([uniforms[i] for i in rows], device=logits.device)
             chosen[index] = choose(logits[index], [settings[i] for i in rows], u[:, None])
     return chosen.tolist()
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """argmax over the last dimension of [B, V]: the first of equals, as int64 [B].
+
+    The maxima of blocks first: torch's argmax is not vectorised on CPUs (0.56 against 0.06 ms for
+    16 rows of 32,768).
+    """
+    n_rows, vocab_size = logits.shape
+    if logits.device.type != "cpu" or vocab_size % ARGMAX_BLOCK:
+        return logits.argmax(dim=-1)
+    blocks = logits.view(n_rows, -1, ARGMAX_BLOCK)
+    block = blocks.amax(dim=-1).argmax(dim=-1)
+    rows = torch.arange(n_rows)
+    return block * ARGMAX_BLOCK + blocks[rows, block].argmax(dim=-1)
 
 
 def _truncates(s: Sampling) -> bool:

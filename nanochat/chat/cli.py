@@ -15,7 +15,7 @@ from nanochat.arguments import chat_parser
 from nanochat.chat.session import Session, Settings
 from nanochat.checkpoint import CheckpointError
 from nanochat.engine import Engine
-from nanochat.load import open_trained
+from nanochat.load import dtype_named, open_trained
 from nanochat.offline import install_guard
 from nanochat.rundir import EXIT_DONE, EXIT_SPEC, RunDirError, nanochat_home
 from nanochat.spec import SpecError
@@ -59,8 +59,9 @@ def open_session(args: argparse.Namespace) -> Session:
         args.stage,
         which="best" if args.best else "latest",
         device=args.device,
+        dtype=dtype_named(args.dtype),
     )
-    engine = Engine(loaded.model, loaded.tokenizer, max_batch=1)
+    engine = Engine(loaded.model, loaded.tokenizer, max_batch=1, keep_weights=False)
     settings = Settings(temperature, args.top_k, args.max_tokens, args.seed)
     return Session(loaded, engine, settings)
 

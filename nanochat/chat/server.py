@@ -64,14 +64,21 @@ class Server:
         cors_origins: Sequence[str] = (),
         allowed_hosts: Sequence[str] | None = None,
         compile: bool = False,
+        keep_weights: bool = True,
     ) -> None:
         """allowed_hosts: names under which the server may be asked for; a loopback server names
-        its own, so that no page elsewhere can reach it by a name that it has made point here."""
+        its own, so that no page elsewhere can reach it by a name that it has made point here.
+        compile, keep_weights: see Inference."""
         self.loaded = loaded
         self.model_id = loaded.model_id
         self.limits = limits
+        self.num_params = loaded.model.num_params()
         self.engine = engine.Engine(
-            loaded.model, loaded.tokenizer, max_batch=max_batch, compile=compile
+            loaded.model,
+            loaded.tokenizer,
+            max_batch=max_batch,
+            compile=compile,
+            keep_weights=keep_weights,
         )
         self._page = PAGE.read_text(encoding="utf-8")
         self.draining = False
@@ -159,7 +166,7 @@ class Server:
             "owned_by": "nanochat",
             "stage": self.loaded.stage,
             "step": self.loaded.step,
-            "num_params": self.loaded.model.num_params(),
+            "num_params": self.num_params,
             "max_context_tokens": self.engine.max_seq_len,
         }
 

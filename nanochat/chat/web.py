@@ -19,7 +19,7 @@ import uvicorn
 from nanochat.arguments import serve_parser
 from nanochat.chat.server import Limits, Server
 from nanochat.checkpoint import CheckpointError
-from nanochat.load import open_trained
+from nanochat.load import dtype_named, open_trained
 from nanochat.offline import install_guard
 from nanochat.rundir import EXIT_DONE, EXIT_SPEC, RunDirError
 from nanochat.spec import SpecError
@@ -60,6 +60,7 @@ def make_server(args: argparse.Namespace) -> Server:
         args.stage,
         which="best" if args.best else "latest",
         device=args.device,
+        dtype=dtype_named(args.dtype),
     )
     limits = Limits(
         max_waiting=args.max_waiting,
@@ -76,6 +77,7 @@ def make_server(args: argparse.Namespace) -> Server:
         cors_origins=args.cors_origin,
         allowed_hosts=local_names if _is_loopback(args.host) else None,
         compile=args.compile,
+        keep_weights=False,
     )
 
 

@@ -186,7 +186,7 @@ def test_fast_float32_kernels_are_taken_only_where_they_are_exact(
     amd: bool, rounds_to_bf16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = torch.get_float32_matmul_precision()
-    monkeypatch.setattr(distributed, "_is_amd_cpu", lambda: amd)
+    monkeypatch.setattr(distributed, "is_amd_cpu", lambda: amd)
     monkeypatch.setattr(distributed, "_product_error", lambda: 4e-3 if rounds_to_bf16 else 8e-7)
     try:
         distributed.choose_float32_kernels("cpu")
