@@ -4,8 +4,10 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from nanochat.chat.server import Limits, Server
@@ -276,3 +278,35 @@ def test_a_phone(browser: Browser, url: str) -> None:
     expect(page.get_by_role("navigation", name="Chats")).to_be_hidden()
     expect(page.locator("article")).to_have_count(0)
     context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_no_serious_accessibility_fault(
+    browser: Browser, url: str, scheme: Literal["light", "dark"], width: int
+) -> None:
+    """Of the empty page, a chat and the settings, on a screen and on a phone."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 800}, color_scheme=scheme, bypass_csp=True
+    )
+    page = context.new_page()
+    faults: list[str] = []
+
+    def look(where: str) -> None:
+        found = Axe().run(page).response["violations"]
+        faults.extend(
+            f"{where}: {v['id']}: {v['nodes'][0]['html']}"
+            for v in found
+            if v["impact"] in ("serious", "critical")
+        )
+
+    page.goto(url)
+    look("empty")
+    greedy(page)
+    say(page, "Who are you?")
+    expect(answers(page)).to_have_text("A tiny model, très petit.")
+    look("chat")
+    page.get_by_role("button", name="Settings").click()
+    look("settings")
+    context.close()
+    assert faults == []
