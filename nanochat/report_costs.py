@@ -187,7 +187,7 @@ def _data_facts(data: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     hashes = data.get("sha256") or {}
     shown = list(hashes.items())[:4]
-    facts += [(f"sha256 of {name}", value) for name, value in shown]
+    facts += [(f"sha256 of {name}", value or "no lock knows it") for name, value in shown]
     if len(hashes) > len(shown):
         facts.append(("sha256 of the others", "in stages/data_fetch.json"))
     return facts

@@ -4,6 +4,7 @@ What stands in them is made up; a model can be right or wrong about it, which is
 """
 
 import csv
+import hashlib
 import io
 import json
 import zipfile
@@ -14,6 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+
+from nanochat.touches import LOCK_FORMAT, LOCK_NAME
 
 ONE = "00000-of-00001.parquet"
 THINGS = ("stone", "river", "lamp", "apple", "bird", "cloud", "rope", "key")
@@ -278,13 +281,22 @@ FOLDERS = {
 """Repository -> the source's folder in a data folder."""
 
 
-def place(data_folder: Path, num_rows: int = 24, num_shards: int = 2) -> None:
-    """Put all sets into a data folder, as if fetched."""
+def place(
+    data_folder: Path, num_rows: int = 24, num_shards: int = 2, *, locked: bool = False
+) -> None:
+    """Put all sets into a data folder, as if fetched; with `locked`, also the locks beside them."""
     for repository, files in repositories(num_rows, num_shards).items():
+        source = FOLDERS[repository]
+        entries = {}
         for name, content in files.items():
-            path = data_folder / FOLDERS[repository] / name
+            path = data_folder / source / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
+            digest = hashlib.sha256(content).hexdigest()
+            entries[name] = {"size": len(content), "sha256": digest}
+        if locked:
+            lock = {"format": LOCK_FORMAT, "source": source, "files": entries}
+            (data_folder / source / LOCK_NAME).write_text(json.dumps(lock))
 
 
 def repositories(num_rows: int = 24, num_shards: int = 2) -> dict[str, dict[str, bytes]]:
