@@ -12,7 +12,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +19,10 @@ from typing import Any
 from infra import budget
 from infra.console import Console
 from infra.horizon import StageClock
+from infra.meter import Price
+from infra.notices import Notices
 from infra.processes import StageProcess, stage_command, stage_env
+from nanochat.lease import HEARTBEAT_S, Lease, LeaseLost
 from nanochat.rundir import (
     EXIT_BUDGET,
     EXIT_DONE,
@@ -30,8 +32,6 @@ from nanochat.rundir import (
     EXIT_UNFIT_NODE,
     OUT_OF_SPACE,
     JobStatus,
-    Lease,
-    LeaseLost,
     Outcome,
     RunDir,
     StopReason,
@@ -44,7 +44,6 @@ from nanochat.spec import WEIGHT_STAGES, RunSpec
 
 POLL_S = 0.1
 STATUS_EVERY_S = 1.0
-LEASE_EVERY_S = 10.0
 LEDGER_EVERY_S = 30.0
 STARTUP_ALLOWANCE_S = 1800.0
 """Imports, loading and a cold compile (7 minutes were reported on 8 GPUs) before the first step."""
@@ -53,6 +52,8 @@ EVALUATION_ALLOWANCE_S = 900.0
 SHORTEST_HANG_S = 120.0
 KILL_MARGIN_S = 0.5
 AFTER_FAILURE_S = 5.0
+END_OF_POD_S = 30.0
+"""What a rented pod is billed for after its run: the last look of the launcher, its end."""
 CLOCK_MARGIN_S = 0.1
 """File times are coarser than the clock: some file systems round them down."""
 
@@ -70,16 +71,6 @@ class RunEnded(Exception):
         self.message = message
 
 
-@dataclass(frozen=True)
-class Price:
-    """Dollars per hour of this machine, and who says so."""
-
-    usd_per_hour: float
-    source: str
-    instance: str | None = None
-    """What a provider bills while it exists, busy or idle."""
-
-
 class Supervisor:
     """Runs one spec in one run directory."""
 
@@ -92,6 +83,8 @@ class Supervisor:
         num_ranks: int,
         console: Console,
         command: Callable[[str, Path, int], list[str]] = stage_command,
+        meter: Callable[[], Price] | None = None,
+        start_process: Callable[[list[str], Path, dict[str, str]], StageProcess] = StageProcess,
     ) -> None:
         self.spec = spec
         self.run_dir = run
@@ -100,6 +93,9 @@ class Supervisor:
         self.num_ranks = num_ranks
         self.console = console
         self.command = command
+        self.meter = meter or (lambda: price)
+        self.start_process = start_process
+        self.notices = Notices(spec.runtime.webhook_url, spec.name)
         self.lease = Lease(run)
         self.clock = StageClock(run, spec, plan)
         self.stage: str | None = None
@@ -120,16 +116,21 @@ class Supervisor:
         """
         run = self.run_dir
         run.create()
-        self.lease.acquire()
         restore_signals = self._catch_signals()
         try:
+            if not self.lease.acquire(self.console.message, lambda: self.stop_reason is not None):
+                self.console.message("stopped before it had begun; nothing was changed")
+                return EXIT_STOPPED
             run.freeze_spec(self.spec)
             run.freeze_plan(self.plan)
             run.clear_stop()
             self._point_to_run()
+            self.price = self.meter()
             self._ledger("start")
+            self._tell_start()
             exit_code, message = self._run_stages()
             self.console.message(message)
+            self._tell_end(exit_code, message)
             with contextlib.suppress(OSError):  # a volume that is gone or full has been told of
                 self._ledger("stop")
                 self._write_status(_state_of(exit_code), exit_code, message)
@@ -141,6 +142,7 @@ class Supervisor:
         finally:
             self.lease.release()
             restore_signals()
+            self.notices.close()
 
     def _run_stages(self) -> tuple[int, str]:
         resume = f"run the same command again to resume ({self.run_dir.path})"
@@ -174,6 +176,7 @@ class Supervisor:
             outcome, trouble = self._run_once(stage)
             if outcome is not None and outcome.outcome == "done":
                 self.console.stage_end(stage, outcome)
+                self.notices.tell("stage_end", f"{stage} is done", stage=stage)
                 return
             if volume_trouble := self.run_dir.volume_trouble():
                 raise RunEnded(*volume_trouble)
@@ -204,7 +207,7 @@ class Supervisor:
         command = self.command(stage, self.run_dir.path, ranks)
         self.run_dir.outcome_file(stage).parent.mkdir(exist_ok=True)
         self.clock.forget_horizon(stage)
-        process = StageProcess(command, self.run_dir.log_file(stage), env)
+        process = self.start_process(command, self.run_dir.log_file(stage), env)
         self.started_s = time.time()
         trouble = ""
         try:
@@ -234,17 +237,20 @@ class Supervisor:
     def _tick(self, stage: str) -> None:
         """Once per poll: lease, ledger, status, budget and requests to stop."""
         now = time.time()
+        # First, so that a process that slept through its lease writes nothing before it knows.
+        if self._due("lease", HEARTBEAT_S, now):
+            self._if_there_is_space(self.lease.renew)
         progress = self._progress(stage)
         self.console.update(stage, progress)
-        if self._due("lease", LEASE_EVERY_S, now):
-            self._if_there_is_space(self.lease.renew)
         if self._due("ledger", LEDGER_EVERY_S, now):
+            self.price = self.meter()
             self._if_there_is_space(lambda: self._ledger("heartbeat"))
         if self._due("status", STATUS_EVERY_S, now):
             status = (JobStatus.RUNNING, None, "", progress)
             self._if_there_is_space(lambda: self._write_status(*status))
             self._watch_budget(stage, now)
             self._replan(stage, now)
+            self._tell_progress(stage, progress, now)
         if self.stop_reason is None:
             request = self.run_dir.stop_request()
             if request is not None:
@@ -256,7 +262,10 @@ class Supervisor:
     def _watch_budget(self, stage: str, now: float) -> None:
         """Ask for a stop when what is left is only enough to save, evaluate and report."""
         left_s = self._left_s(now)
-        if left_s is None or self.stop_reason is not None:
+        if left_s is None:
+            return
+        if self.stop_reason is not None:  # the price may have risen since
+            self.stop_deadline_s = min(self.stop_deadline_s, now + left_s)
             return
         if stage == "base_train":
             self.clock.write_horizon(stage, left_s, self._consumed_s(stage, now))
@@ -288,7 +297,10 @@ class Supervisor:
     def _left_s(self, now: float) -> float | None:
         lived = self._record("heartbeat", now)  # also where it could not be written
         records = [*read_jsonl(self.run_dir.ledger_file), lived]
-        return budget.time_left_s(self.spec.budget, records, now)
+        left_s = budget.time_left_s(self.spec.budget, records, now)
+        if left_s is None or self.price.instance is None:
+            return left_s
+        return max(0.0, left_s - END_OF_POD_S)
 
     def _consumed_s(self, stage: str, now: float) -> float:
         """Wall clock that a stage has had, over all restarts."""
@@ -301,7 +313,8 @@ class Supervisor:
     def _request_stop(self, reason: StopReason, grace_s: float) -> None:
         self.stop_reason = reason
         self.stop_deadline_s = time.time() + grace_s
-        self.run_dir.request_stop(reason, self.stop_deadline_s)
+        if self.lease.is_held:  # until then the run is another's
+            self.run_dir.request_stop(reason, self.stop_deadline_s)
         self.console.message(f"stopping ({reason}): saving a checkpoint, at most {grace_s:.0f} s")
 
     def _past_deadline(self) -> bool:
@@ -360,6 +373,7 @@ class Supervisor:
             "source": self.price.source,
             "host": socket.gethostname(),
             "instance": self.price.instance,
+            "billed_from": self.price.billed_from,
         }
 
     def _if_there_is_space(self, write: Callable[[], None]) -> None:
@@ -382,6 +396,40 @@ class Supervisor:
             {"stage": stage, "event": kind, "message": message, "time_s": time.time()},
         )
         self.console.message(f"{stage}: {message}")
+        self.notices.tell(kind, f"{stage}: {message}", stage=stage)
+
+    # -- notices
+
+    def _used(self, now: float) -> tuple[float, str]:
+        """(share of the budget that is used, the sum in words)."""
+        usd, used_s = budget.spent(read_jsonl(self.run_dir.ledger_file), now)
+        bounds = self.spec.budget
+        shares = [usd / bounds.max_usd if bounds.max_usd else 0.0]
+        shares.append(used_s / 3600.0 / bounds.max_hours if bounds.max_hours else 0.0)
+        return max(shares), f"${usd:.2f}, {used_s / 3600.0:.1f} h"
+
+    def _tell_start(self) -> None:
+        share, told = self._used(time.time())
+        self.notices.skip_budget(share)
+        self.notices.tell("start", f"started on {socket.gethostname()}; so far {told}")
+
+    def _tell_progress(self, stage: str, progress: dict[str, Any], now: float) -> None:
+        if self.spec.runtime.webhook_url is None:
+            return
+        self.notices.budget(*self._used(now))
+        if (loss := progress.get("loss")) is not None:
+            self.notices.tell_once(f"loss {stage}", "first_loss", f"{stage}: first loss {loss:.4f}")
+        since = [r for r in self.run_dir.resolved("rollback") if r["time"] >= self.started_s]
+        for found in since:
+            what = f"{stage}: a loss spike was rolled back at step {found.get('step')}"
+            self.notices.tell_once(f"rollback {found['time']}", "rollback", what, stage=stage)
+
+    def _tell_end(self, exit_code: int, message: str) -> None:
+        share, told = self._used(time.time())
+        self.notices.budget(1.0 if exit_code == EXIT_BUDGET else share, told)
+        kinds = {EXIT_DONE: "done", EXIT_STOPPED: "stop", EXIT_BUDGET: "stop"}
+        event = kinds.get(exit_code, "failure")
+        self.notices.tell(event, f"{message} ({told})", exit_code=exit_code)
 
     def _write_status(
         self,

@@ -14,6 +14,8 @@ from nanochat.spec import RunSpec
 
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
 """The variables that pass from the user's environment into a run."""
+POD_PREFIX = "NANOCHAT_LABEL_"
+"""Variables of a pod that are labels for `reap`; the run does not read them."""
 
 
 class LaunchError(RuntimeError):
@@ -58,6 +60,8 @@ class Rendered:
     text: str
     worst_case_usd: float | None
     """What the job costs at most; None where nothing bounds it."""
+    comment: str = ""
+    """What begins a comment where the text is a program: the dry run can then be submitted."""
 
     def dry_run(self) -> str:
         """What `launch --dry-run` prints."""
@@ -65,7 +69,7 @@ class Rendered:
             cost = "worst case: not bounded; set budget.max_usd or budget.max_hours in the spec"
         else:
             cost = f"worst case: ${self.worst_case_usd:.2f}"
-        return f"{self.text.rstrip()}\n{cost}"
+        return f"{self.text.rstrip()}\n{self.comment}{cost}"
 
 
 def worst_case_usd(job: Job) -> float | None:

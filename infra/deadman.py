@@ -1,0 +1,184 @@
+"""The dead man's switch: on a rented pod, ends the pod when no run lives in it any more.
+
+* The image's entry point starts it before anything else, also when the command is SkyPilot's.
+* It trusts neither the supervisor nor the client: it reads the run's ledger by itself, asks the
+  provider for the price by itself, and ends the pod by the provider's API with the pod's own id.
+* It ends the pod when nothing of a run has given a sign of life for SILENCE_S, when the budget of
+  the ledger is used up, or when the pod alone has cost more than its label allows.
+* A refused or lost call is made again, for ever.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from infra import budget
+from infra.launch.base import POD_PREFIX
+from infra.privileges import image_home
+from infra.runpod_api import Pod, ProviderError, RunPodApi, connect, this_pod
+from nanochat.rundir import RunDir, RunDirError, read_json, read_jsonl
+
+LOOK_EVERY_S = 5.0
+ASK_EVERY_S = 60.0
+SILENCE_S = 900.0
+"""Longer than an image's start, SkyPilot's set-up and a supervisor's restart take together."""
+RETRY_S = (5.0, 10.0, 20.0, 30.0)
+SERVING = "nanochat.chat."
+"""Chat and web server are life of their own: a person or autostop ends them."""
+
+
+class Switch:
+    """Looks at the run of one pod. Clock and provider are given, so that a test can be hostile."""
+
+    def __init__(
+        self,
+        home: Path,
+        pod_id: str,
+        api: RunPodApi | None,
+        max_usd: float | None = None,
+        silence_s: float = SILENCE_S,
+        is_serving: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.home = home
+        self.pod_id = pod_id
+        self.api = api
+        self.max_usd = max_usd
+        self.silence_s = silence_s
+        self._is_serving = is_serving
+        self._born = time.monotonic()
+        self._life: Any = None
+        self._life_seen = self._born
+        self._asked: float | None = None
+        self._pod: Pod | None = None
+        self._pod_seen = self._born
+
+    def reason_to_end(self) -> str | None:
+        """Why the pod has to go now; None while all is well."""
+        now = time.monotonic()
+        self._ask_price(now)
+        run = self._run()
+        life = self._signs_of(run)
+        if life != self._life:
+            self._life, self._life_seen = life, now
+        if self._over_label(now):
+            return f"the pod has cost the ${self.max_usd:.2f} that it may"
+        if run is not None and self._over_budget(run):
+            return f"the budget of {run.path} is spent"
+        if now - self._life_seen > self.silence_s:
+            if self._is_serving():
+                self._life_seen = now
+                return None
+            return f"no run has given a sign of life for {now - self._life_seen:.0f} s"
+        return None
+
+    def end(self) -> bool:
+        """Ask once for the end of the pod; True when the provider has taken it."""
+        if self.api is None:
+            return False
+        try:
+            self.api.terminate(self.pod_id)
+        except ProviderError as e:
+            # another stop may have been first
+            return "not found" in str(e).lower()
+        return True
+
+    def _run(self) -> RunDir | None:
+        pointer = read_json(self.home / "current-run.json")
+        return RunDir(pointer) if isinstance(pointer, str) else None
+
+    def _signs_of(self, run: RunDir | None) -> tuple[Any, ...]:
+        """Changes with every sign of life; times are only compared for equality, since the clock
+        of a volume is another one."""
+        if run is None:
+            return ()
+        signs: list[Any] = [str(run.path)]
+        with contextlib.suppress(OSError):
+            files = [run.ledger_file, run.lease_file, *run.path.glob("stages/*.progress.json")]
+            for file in files:
+                with contextlib.suppress(OSError):
+                    signs.append(file.stat().st_mtime_ns)
+        return tuple(signs)
+
+    def _over_label(self, now: float) -> bool:
+        if self.max_usd is None or self._pod is None:
+            return False
+        lived_s = self._pod.uptime_s + now - self._pod_seen + LOOK_EVERY_S
+        return lived_s / 3600.0 * self._pod.usd_per_hour >= self.max_usd
+
+    def _over_budget(self, run: RunDir) -> bool:
+        """Whether the money of the ledger is used up by the next look, this pod still billed."""
+        try:
+            bounds = run.spec().budget
+        except (RunDirError, OSError):
+            return False
+        mine = [r for r in read_jsonl(run.ledger_file) if r.get("instance") == self.pod_id]
+        if not mine:  # the ledger of an earlier pod; its supervisor has yet to start here
+            return False
+        now = time.time()
+        price = float(mine[-1].get("usd_per_hour") or 0.0)
+        if self._pod is not None:
+            price = max(price, self._pod.usd_per_hour)
+        lives = {"event": "heartbeat", "time": now, "usd_per_hour": price, "instance": self.pod_id}
+        left_s = budget.time_left_s(bounds, [*read_jsonl(run.ledger_file), lives], now)
+        return left_s is not None and left_s <= LOOK_EVERY_S
+
+    def _ask_price(self, now: float) -> None:
+        if self.api is None or (self._asked is not None and now - self._asked < ASK_EVERY_S):
+            return
+        self._asked = now
+        with contextlib.suppress(ProviderError):
+            if pod := self.api.pod(self.pod_id):
+                self._pod, self._pod_seen = pod, now
+
+
+def watch(switch: Switch, say: Callable[[str], None]) -> None:
+    """Look until there is a reason, then ask for the end until the pod is gone."""
+    while (reason := switch.reason_to_end()) is None:
+        time.sleep(LOOK_EVERY_S)
+    say(f"dead man's switch: {reason}; this pod ends itself")
+    for attempt in range(sys.maxsize):
+        switch.api = switch.api or connect()
+        if not switch.end():
+            say("dead man's switch: the provider did not end the pod; asking again")
+        time.sleep(RETRY_S[min(attempt, len(RETRY_S) - 1)])
+
+
+def label_usd(environ: Mapping[str, str]) -> float | None:
+    """What the launcher's label lets this pod cost; None without a label."""
+    try:
+        return float(environ[f"{POD_PREFIX}MAX_USD"])
+    except (KeyError, ValueError):
+        return None
+
+
+def is_serving() -> bool:
+    """Whether a chat or the web page runs on this machine."""
+    for process in psutil.process_iter(["cmdline"]):
+        if any(word.startswith(SERVING) for word in process.info["cmdline"] or ()):
+            return True
+    return False
+
+
+def main() -> int:
+    """Started by the image's entry point on a pod; elsewhere it ends at once."""
+    pod_id = this_pod()
+    if pod_id is None:
+        return 0
+    switch = Switch(image_home(), pod_id, connect(), label_usd(os.environ), is_serving=is_serving)
+
+    def say(text: str) -> None:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+    watch(switch, say)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The price that counts: the higher of the quoted one and the one the provider bills now."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from infra.runpod_api import Pod, ProviderError, connect, this_pod
+
+ASK_EVERY_S = 60.0
+
+
+@dataclass(frozen=True)
+class Price:
+    """Dollars per hour of this machine, and who says so."""
+
+    usd_per_hour: float
+    source: str
+    instance: str | None = None
+    """What a provider bills while it exists, busy or idle."""
+    billed_from: float | None = None
+    """Unix time since when the instance is billed; None where the provider has not said."""
+
+
+class Meter:
+    """Asks the provider for the price of one pod, and never waits for the answer in a run.
+
+    While the API is lost the last answer holds; a price that has once been seen to be lower than
+    the quoted one does not lower it.
+    """
+
+    def __init__(
+        self, quoted: Price, ask: Callable[[], Pod | None], clock: Callable[[], float] = time.time
+    ) -> None:
+        self._quoted = quoted
+        self._ask = ask
+        self._clock = clock
+        self._price = quoted
+
+    def __call__(self) -> Price:
+        """The price as it is known now."""
+        return self._price
+
+    def refresh(self) -> None:
+        """Ask once; without an answer nothing changes."""
+        try:
+            pod = self._ask()
+        except ProviderError:
+            return
+        if pod is None:
+            return
+        price = self._price
+        if price.billed_from is None and pod.uptime_s > 0.0:
+            price = replace(price, billed_from=self._clock() - pod.uptime_s)
+        billed = pod.usd_per_hour
+        if billed > self._quoted.usd_per_hour:
+            price = replace(price, usd_per_hour=billed, source="billed by the provider")
+        else:
+            quoted = self._quoted
+            price = replace(price, usd_per_hour=quoted.usd_per_hour, source=quoted.source)
+        self._price = price
+
+    def start(self) -> None:
+        """Ask now, then once a minute in the background for as long as the process lives."""
+        self.refresh()
+
+        def keep_asking() -> None:
+            while True:
+                time.sleep(ASK_EVERY_S)
+                self.refresh()
+
+        threading.Thread(target=keep_asking, daemon=True, name="meter").start()
+
+
+def meter_of_this_pod(quoted: Price) -> Meter:
+    """A meter that asks about the pod this process runs in; elsewhere the quoted price holds."""
+    pod_id, api = this_pod(), connect()
+    if pod_id is None or api is None:
+        return Meter(replace(quoted, instance=pod_id), lambda: None)
+    meter = Meter(replace(quoted, instance=pod_id), lambda: api.pod(pod_id))
+    meter.start()
+    return meter
