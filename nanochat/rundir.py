@@ -2,8 +2,7 @@
 
 * Small files are replaced atomically (write beside, fsync, rename, fsync the folder); logs are
   append-only, and readers skip a torn last line.
-* One writer per run directory: a lease with host, boot id and heartbeat. flock and pids mean
-  nothing across containers and nodes, so a lease is stale when its heartbeat stands still.
+* One writer per run directory: nanochat/lease.py.
 * `spent_usd` and `used_s` are derived from ledger.jsonl alone.
 
 No torch here, also indirectly: the supervisor and `status` read run directories on machines that
@@ -15,10 +14,7 @@ import enum
 import errno
 import json
 import os
-import socket
-import sys
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,7 +29,6 @@ from nanochat.spec import (
     spec_from_json,
 )
 
-LEASE_STALE_S = 60.0
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 IMAGE_DATA = Path("/opt/nanochat/data")
 
@@ -71,10 +66,6 @@ class StopReason(enum.StrEnum):
 
 class RunDirError(RuntimeError):
     """The run directory cannot be used: of another spec, held by another run, not writable."""
-
-
-class LeaseLost(RunDirError):
-    """Another run has taken this run directory over."""
 
 
 def nanochat_home() -> Path:
@@ -163,15 +154,6 @@ def cut_torn_tail(path: Path) -> None:
             f.truncate(size - back + tail.rfind(b"\n") + 1)
             f.flush()
             os.fsync(f.fileno())
-
-
-def boot_id() -> str:
-    """What tells two boots (or containers) of one host name apart."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return "unknown"
 
 
 @dataclass
@@ -436,76 +418,6 @@ def _kind(record: dict[str, Any]) -> tuple[Any, ...]:
     if "val_bpb" in record:
         return ("val",)
     return ("step",) if "loss" in record else ("other", *sorted(set(record) - {"time_s"}))
-
-
-class Lease:
-    """Says who writes in a run directory. Raises RunDirError when somebody else does."""
-
-    def __init__(self, run: RunDir, stale_s: float = LEASE_STALE_S) -> None:
-        self._run = run
-        self._stale_s = stale_s
-        self._id = uuid.uuid4().hex
-
-    def acquire(self) -> None:
-        """Take the lease: free, released, of a dead process of this boot, or stale."""
-        holder = read_json(self._run.lease_file)
-        if isinstance(holder, dict) and not self._is_over(holder):
-            age_s = time.time() - float(holder["heartbeat"])
-            raise RunDirError(
-                f"{self._run.path} is in use by pid {holder['pid']} on {holder['host']} (last sign "
-                f"of life {age_s:.0f} s ago); stop it first (`nanochat stop {self._run.path}`), or "
-                f"wait {self._stale_s:.0f} s if that machine is gone"
-            )
-        self._write()
-        held = read_json(self._run.lease_file)
-        if not isinstance(held, dict) or held["id"] != self._id:
-            raise RunDirError(f"{self._run.path}: another run started at the same moment")
-
-    def renew(self) -> None:
-        """Give a sign of life. Raises LeaseLost when another run has taken over."""
-        holder = read_json(self._run.lease_file)
-        if isinstance(holder, dict) and holder["id"] != self._id:
-            raise LeaseLost(f"{self._run.path} was taken over by {holder['host']}")
-        self._write()
-
-    def release(self) -> None:
-        holder = read_json(self._run.lease_file)
-        if isinstance(holder, dict) and holder["id"] == self._id:
-            self._run.lease_file.unlink(missing_ok=True)
-
-    def _write(self) -> None:
-        atomic_write_json(
-            self._run.lease_file,
-            {
-                "id": self._id,
-                "host": socket.gethostname(),
-                "boot": boot_id(),
-                "pid": os.getpid(),
-                "heartbeat": time.time(),
-            },
-        )
-
-    def _is_over(self, holder: dict[str, Any]) -> bool:
-        try:
-            same_boot = holder["boot"] == boot_id() != "unknown"
-            if same_boot and not _pid_alive(int(holder["pid"])):
-                return True
-            return time.time() - float(holder["heartbeat"]) > self._stale_s
-        except (KeyError, TypeError, ValueError):
-            return True
-
-
-def _pid_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    try:  # a zombie has ended, whoever has yet to wait for it
-        return " Z " not in Path(f"/proc/{pid}/stat").read_text()[:64]
-    except OSError:
-        return sys.platform != "linux"
 
 
 def is_same_machine(a: dict[str, Any], b: dict[str, Any]) -> bool:

@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.rundir import (
-    Lease,
-    LeaseLost,
     Outcome,
     RunDir,
     RunDirError,
@@ -176,39 +172,6 @@ def test_last_metric_line_per_stage_step_and_kind_wins(run: RunDir) -> None:
     assert [m["loss"] for m in lines if m.get("step") == 1 and "loss" in m] == [2.5]
     assert [m["val_bpb"] for m in lines if "val_bpb" in m] == [2.0]
     assert [m["value"] for m in lines if "task" in m] == [0.9]
-
-
-def test_one_writer_per_run_directory(run: RunDir) -> None:
-    first, second = Lease(run), Lease(run)
-    first.acquire()
-    with pytest.raises(RunDirError, match=f"in use by pid {os.getpid()}.*nanochat stop"):
-        second.acquire()
-    first.renew()
-    first.release()
-    second.acquire()
-    with pytest.raises(LeaseLost):
-        first.renew()
-
-
-def test_a_lease_of_a_dead_process_is_over(run: RunDir) -> None:
-    code = (
-        "import sys; from nanochat.rundir import *; "
-        "Lease(RunDir(sys.argv[1])).acquire(); os._exit(0)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(run.path)], check=True)
-    assert run.lease_file.exists()
-    Lease(run).acquire()
-
-
-def test_a_lease_of_another_machine_is_over_when_its_heartbeat_stands_still(run: RunDir) -> None:
-    holder = {"id": "1", "host": "c1", "boot": "other", "pid": 1, "heartbeat": time.time()}
-    atomic_write_json(run.lease_file, holder)
-    with pytest.raises(RunDirError, match="c1"):
-        Lease(run).acquire()
-    atomic_write_json(run.lease_file, holder | {"heartbeat": time.time() - 61})
-    Lease(run).acquire()
-    run.lease_file.write_text("{broken")
-    Lease(run).acquire()
 
 
 def test_an_unwritable_place_says_what_to_do(tmp_path: Path) -> None:
