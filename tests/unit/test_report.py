@@ -120,7 +120,12 @@ def fill(run: RunDir) -> None:
     facts = {"vocab_size": 1024, "compression": compression}
     run.write_outcome(Outcome("tok_train", "done", seconds=5.0, facts=facts))
     run.write_outcome(
-        Outcome("data_fetch", "done", seconds=1.0, facts={"sha256": {"train.parquet": "ab" * 32}})
+        Outcome(
+            "data_fetch",
+            "done",
+            seconds=1.0,
+            facts={"sha256": {"train.parquet": "ab" * 32, "val.parquet": None}},
+        )
     )
     train(run, "base_train", 60, bigram_bpb=2.75)
     again = Metrics(run, "base_train", resume_step=40)  # killed at 60, continued from 40
@@ -189,6 +194,7 @@ def test_events_provenance_and_source_size(full: RunDir) -> None:
     for name in ("Python", "torch", "sha256 of train.parquet", "Source lines"):
         assert len(table_row(text, name)[1]) > 0
     assert int(table_row(text, "Source files")[1].replace(",", "")) > 30
+    assert table_row(text, "sha256 of val.parquet")[1] == "no lock knows it"
     assert "| numbers | 100 | 2.00 | 2.50 |" in text
 
 
