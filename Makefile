@@ -8,10 +8,12 @@ RUST    := $(shell find rustbpe -name '*.rs' -not -path '*/target/*' 2>/dev/null
 RUN     ?= runs/smoke
 DATA    ?= smoke
 SKYPILOT_RUNTIME ?= 1
+SIF ?= build/nanochat.sif
+SOURCE ?= $(IMAGE)
 REQUIREMENTS ?= requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke test lint fmt build bench e2e e2e-long lock clean image image-test push sbom
+.PHONY: help setup smoke test lint fmt build bench e2e e2e-long lock clean image image-test push sbom sif cluster cluster-down
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F': *' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -71,6 +73,15 @@ push: image  ## push the image to REGISTRY=host/name, and print the digest to na
 	docker tag $(IMAGE) $(REGISTRY)/$(IMAGE)
 	docker push $(REGISTRY)/$(IMAGE)
 	@docker image inspect --format '{{join .RepoDigests "\n"}}' $(IMAGE) | grep '^$(REGISTRY)/'
+
+sif:  ## the image as a SIF for Apptainer (SIF=, SOURCE=image | archive.tar | docker://…)
+	infra/slurm/build_sif.sh $(SOURCE) $(SIF)
+
+cluster: setup  ## a SLURM cluster in containers, with the SIF of IMAGE, to try docs/ptolemy.md on
+	$(PY) -m tests.twin.slurm.cluster up $(IMAGE)
+
+cluster-down:  ## remove that cluster and what is on its scratch
+	$(PY) -m tests.twin.slurm.cluster down
 
 sbom: image  ## the image's bill of materials, build/sbom.cdx.json (CycloneDX)
 	@mkdir -p build

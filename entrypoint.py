@@ -54,7 +54,7 @@ def build_parser() -> Parser:
     p.add_argument("--run-dir", metavar="DIR", help="default: NANOCHAT_HOME/runs/NAME")
 
     p = verbs.add_parser("launch", parents=[spec, as_json], help="run it elsewhere")
-    p.add_argument("--to", required=True, choices=["docker"], help="where")
+    p.add_argument("--to", required=True, choices=["docker", "slurm"], help="where")
     p.add_argument("--dry-run", action="store_true", help="what would be sent, and its worst case")
     p.add_argument("--image", default="", help="default: the image of this version")
     p.add_argument("--volume", default="nanochat", help="volume by name, or an existing folder")
@@ -62,6 +62,12 @@ def build_parser() -> Parser:
     p.add_argument("--user", metavar="UID:GID", help="user that owns the files of the run")
     p.add_argument("--no-network", action="store_true", help="cut the container off")
     p.add_argument("--detach", action="store_true", help="return as soon as it runs")
+    in_slurm = p.add_argument_group("slurm", "as the section [slurm] of the spec; `plan --fields`")
+    for name in ("account", "partition", "qos", "gres", "time", "scratch", "sif", "module", "ssh"):
+        in_slurm.add_argument(f"--{name}")
+    for name in ("nodes", "max-jobs", "signal-s", "cpus-per-task"):
+        in_slurm.add_argument(f"--{name}", type=int)
+    in_slurm.add_argument("--no-requeue", dest="requeue", action="store_false", default=None)
 
     p = verbs.add_parser("status", parents=[as_json], help="what runs, its exit code and cost")
     p.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="default: every known run")
@@ -71,6 +77,8 @@ def build_parser() -> Parser:
 
     p = verbs.add_parser("compare", parents=[as_json], help="runs side by side")
     p.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
+
+    verbs.add_parser("sync", parents=[a_run, as_json], help="push offline tracker files")
 
     p = verbs.add_parser("fetch", parents=[spec, as_json], help="bring the data of a spec")
     p.add_argument("--to", metavar="DIR", help="data folder (default: NANOCHAT_HOME/data)")

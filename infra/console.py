@@ -226,11 +226,19 @@ def _render_one(row: dict[str, Any]) -> str:
         ("used", _of(_used(row), _number(max_hours, "g", " h"))),
         ("spent", _of(_usd(row.get("spent_usd")), _usd(max_usd))),
         ("host", row.get("host")),
+        ("jobs", _chain(row)),
+        ("slurm", (row.get("slurm") or {}).get("message")),
         ("alive", f"{age_s:.0f} s ago" if is_running and age_s is not None else None),
         ("exit code", row.get("exit_code")),
         ("message", row.get("message") or None),
     ]
     return "\n".join(f"{name:<10}{value}" for name, value in facts if value is not None)
+
+
+def _chain(row: dict[str, Any]) -> str | None:
+    """How many SLURM jobs the run has had, and which was the last."""
+    chain = (row.get("slurm") or {}).get("chain")
+    return None if chain is None else f"{chain['jobs']}, the last is {chain['job']}"
 
 
 def _position(progress: dict[str, Any], elapsed_s: float) -> list[str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infra import hardware
+from infra import hardware, nodes
 from infra.hardware import GIB
 from nanochat.rundir import EXIT_DONE, EXIT_SPEC, EXIT_UNFIT_NODE, RunDir, nanochat_home
 from nanochat.spec import RunSpec
@@ -200,7 +200,7 @@ def _gpus(spec: RunSpec, plan: "Plan") -> list[Fact]:
     if spec.runtime.device in ("cpu", "mps") or plan.offer.cpu:
         return []
     here = hardware.gpus_here()
-    wanted = plan.layout.world_size
+    wanted = plan.layout.world_size // nodes.num_nodes()
     if len(here) < wanted:
         return [
             Fact(

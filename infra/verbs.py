@@ -15,13 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from infra import hardware, planner, preflight
+from infra import hardware, nodes, planner, preflight
 from infra.console import Console, render_status
-from infra.launch import docker
-from infra.launch.base import Job, LaunchError
+from infra.launch import docker, slurm
+from infra.launch.base import Job, LaunchError, Rendered
+from infra.meter import Price, meter_of_this_pod
 from infra.privileges import lost_with_container
 from infra.processes import python_path
-from infra.supervisor import Price, Supervisor
+from infra.supervisor import Supervisor
 from nanochat.offline import install_guard
 from nanochat.rundir import (
     EXIT_DONE,
@@ -49,6 +50,7 @@ def run_verb(args: argparse.Namespace) -> int:
         "stop": stop,
         "report": report,
         "compare": compare,
+        "sync": sync,
         "fetch": fetch,
         "doctor": doctor,
         "chat": use_model,
@@ -121,10 +123,14 @@ def run(args: argparse.Namespace) -> int:
     document = made.to_json()
     if frozen is not None and is_same_machine(frozen, document):
         document = frozen
-    price = Price(document["usd_per_hour"], document.get("price_source", "plan"))
+    quoted = Price(document["usd_per_hour"], document.get("price_source", "plan"))
+    meter = meter_of_this_pod(quoted)
     console = Console(run_dir, spec.stages)
+    ranks = hardware.num_ranks(spec.runtime)
+    if spec.runtime.num_ranks is not None:
+        ranks //= nodes.num_nodes()
     supervisor = Supervisor(
-        spec, run_dir, document, price, hardware.num_ranks(spec.runtime), console
+        spec, run_dir, document, meter(), ranks, console, nodes.first_node_command, meter
     )
     exit_code = supervisor.run()
     if args.json:
@@ -133,8 +139,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def launch(args: argparse.Namespace) -> int:
-    """Render the job and submit it; the exit code is the run's."""
+    """Render the job and submit it; the exit code is the run's, or 0 once a cluster has it."""
     spec = _load(args)
+    if args.to == "slurm":
+        spec = slurm.with_fields(spec, {f: getattr(args, f) for f in slurm.FIELDS})
     made = planner.make_plan(spec, hardware.parse_offer(spec.offer))
     if made.verdict == "refused":
         _say(made.render())
@@ -142,6 +150,10 @@ def launch(args: argparse.Namespace) -> int:
     job = Job(
         config=args.config[1:], overrides=tuple(args.overrides), spec=spec, plan=made.to_json()
     )
+    if args.to == "slurm":
+        if not args.dry_run:
+            return slurm.submit(job)
+        return _dry_run(args, slurm.render(job))
     options = docker.DockerOptions(
         image=args.image,
         volume=args.volume,
@@ -153,7 +165,10 @@ def launch(args: argparse.Namespace) -> int:
     )
     if not args.dry_run:
         return docker.submit(job, options)
-    rendered = docker.render(job, options)
+    return _dry_run(args, docker.render(job, options))
+
+
+def _dry_run(args: argparse.Namespace, rendered: Rendered) -> int:
     document = {"to": args.to, "sent": rendered.text, "worst_case_usd": rendered.worst_case_usd}
     _print(args.json, document, lambda _: rendered.dry_run())
     return EXIT_DONE
@@ -164,6 +179,9 @@ def status(args: argparse.Namespace) -> int:
     if args.run_dir and (containers := _containers(args.run_dir)):
         _print(args.json, containers[0], lambda c: f"{c['container']}: {c['message']}")
         return int(containers[0]["exit_code"] or EXIT_DONE)
+    if args.run_dir and (queued := _only_queued(args.run_dir)):
+        _print(args.json, queued, lambda q: f"{args.run_dir}: {q['slurm']['message']}")
+        return EXIT_DONE
     if args.run_dir:
         runs = [find_run(args.run_dir)]
     else:
@@ -222,6 +240,15 @@ def compare(args: argparse.Namespace) -> int:
     return subprocess.call(command + (["--json"] if args.json else []), cwd=APP_DIR)
 
 
+def sync(args: argparse.Namespace) -> int:
+    """Push the tracker files that an offline run has left; for a machine with network."""
+    from infra.sync import push
+
+    result = push(find_run(args.run_dir))
+    _print(args.json, vars(result), lambda _: result.render())
+    return result.exit_code
+
+
 def fetch(args: argparse.Namespace) -> int:
     """Bring what the spec's stages read, or check it without a network."""
     from infra import fetch as fetching
@@ -276,6 +303,17 @@ def _containers(name: str) -> list[dict[str, Any]]:
     return []
 
 
+def _only_queued(name: str) -> dict[str, Any] | None:
+    """What SLURM says of a run that has not started yet; None where it has, or knows nothing."""
+    try:
+        find_run(name)
+    except RunDirError:
+        found = slurm.describe(name, None)
+        if found is not None:
+            return {"name": name, "state": "PENDING", "exit_code": None, "slurm": found}
+    return None
+
+
 def _rehearse(spec: RunSpec, document: dict[str, Any]) -> Any:
     result = subprocess.run(
         [sys.executable, "-m", "nanochat.rehearse"],
@@ -298,6 +336,8 @@ def _status_of(run_dir: RunDir) -> dict[str, Any]:
         "heartbeat": None,
     }
     found["run_dir"] = str(run_dir.path)
+    if in_slurm := slurm.describe(found["name"], run_dir):
+        found["slurm"] = in_slurm
     silent_s = time.time() - float(found.get("heartbeat") or time.time())
     if found["state"] == "RUNNING" and silent_s > STALE_S:
         found["message"] = (

@@ -46,7 +46,7 @@ RL_TASKS = ("arithmetic", "copying", "gsm8k", "identity", "spelling")
 """Tasks whose written answers can be marked, with examples to train on."""
 CHATCORE_TASKS = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling")
 """ChatCORE is the mean of their centred accuracies."""
-MACHINE_FIELDS = ("offer", "stop_grace_s", "budget", "checkpoint", "runtime")
+MACHINE_FIELDS = ("offer", "stop_grace_s", "budget", "checkpoint", "runtime", "slurm")
 """Where a run works, for how long and what it keeps, but not what it learns: a resume, perhaps on
 another machine, may change these."""
 
@@ -176,7 +176,7 @@ class Runtime(Section):
     num_threads: Positive | None = None
     """Threads of each rank on a CPU; unset: the cores divided by the ranks."""
     num_ranks: Positive | None = None
-    """Processes of a training stage; unset: one per GPU, one on a CPU."""
+    """Processes of a training stage over all nodes; unset: one per GPU, one on a CPU."""
     sharding: Literal["auto", "replicated", "fsdp"] = "auto"
     """replicated: whole model per rank; fsdp: sharded with FSDP2; auto: as the plan says."""
     hang_s: Rate | None = None
@@ -191,6 +191,45 @@ class Runtime(Section):
     """Send metrics to Weights & Biases; offline files are pushed later by `sync`."""
     webhook_url: str | None = None
     """Address that gets a JSON POST at start, stage ends, budget marks and failures."""
+
+
+SlurmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:=,@/+-]*$")]
+ClusterPath = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/$+=@-]*$")]
+
+
+class Slurm(Section):
+    """The job that `launch --to slurm` submits; what is unset is the cluster's default."""
+
+    account: SlurmName | None = None
+    """Account that the job is charged to."""
+    partition: SlurmName | None = None
+    """Partition to queue in."""
+    qos: SlurmName | None = None
+    """Quality of service."""
+    gres: SlurmName | None = None
+    """Generic resources of a node; unset: gpu:N as the offer says, nothing on a CPU."""
+    cpus_per_task: Positive | None = None
+    """Cores of a node; unset: 8 per GPU, the cluster's default on a CPU."""
+    memory_gib: Positive | None = None
+    """Memory of a node in GiB; unset: all of a GPU node, the cluster's default on a CPU."""
+    time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")] = "12:00:00"
+    """Wall time of one job as sbatch takes it: minutes, H:MM:SS or D-HH:MM:SS."""
+    signal_s: Annotated[int, Field(ge=30, le=3600)] = 150
+    """Seconds before the wall time at which SLURM asks for the stop; longer than stop_grace_s."""
+    requeue: bool = True
+    """Requeue the job itself; false, where the cluster forbids it: each job submits the next."""
+    max_jobs: Annotated[int, Field(ge=1, le=1000)] = 20
+    """Jobs, requeues included, after which a chain ends whatever remains to be done."""
+    nodes: Positive = 1
+    """Nodes of the job; the ranks of a training stage are spread evenly over them."""
+    scratch: ClusterPath | None = None
+    """Folder that every node sees, for data, runs, logs and caches; $USER stands for the user."""
+    sif: ClusterPath | None = None
+    """The image as a SIF; unset: nanochat.sif in `scratch`."""
+    module: SlurmName | None = None
+    """Module to load where apptainer is not on PATH; unset: apptainer, then singularity."""
+    ssh: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._@-]*$")] | None = None
+    """Login node to submit on, as ssh takes it; unset: this machine."""
 
 
 class DataFetch(Section):
@@ -358,6 +397,7 @@ class RunSpec(Section):
     model: Model
     data: Data = Data()
     runtime: Runtime = Runtime()
+    slurm: Slurm = Slurm()
     data_fetch: DataFetch | None = None
     tok_train: TokTrain | None = None
     base_train: BaseTrain | None = None

@@ -1,0 +1,31 @@
+#!/bin/bash
+# The image as a SIF, as any user. usage: build_sif.sh SOURCE SIF [options of apptainer build]
+# SOURCE: an image of this machine's Docker, an archive of `docker save` (*.tar), or docker://HOST/NAME.
+# It takes twice the size of the image beside the SIF meanwhile; nothing is left in home or /tmp.
+set -euo pipefail
+[ $# -ge 2 ] || { sed -n '2,4s/^# //p' "$0" >&2; exit 78; }
+source=$1 sif=$2
+shift 2
+recipe=$(dirname "$0")/../../apptainer.def
+if ! apptainer=$(command -v apptainer || command -v singularity); then
+  echo "There is no apptainer here: module load apptainer, or see docs/ptolemy.md for an installation without root" >&2
+  exit 77
+fi
+mkdir -p "$(dirname "$sif")"
+work=$(mktemp -d "$(dirname "$sif")/.sif.XXXXXX")
+trap 'chmod -R u+w "$work"; rm -rf "$work"' EXIT
+export APPTAINER_TMPDIR="$work" APPTAINER_CACHEDIR="$work/cache" TMPDIR="$work"
+case "$source" in
+  docker://*) bootstrap=docker from=${source#docker://} ;;
+  *.tar) bootstrap=docker-archive from=$source ;;
+  *)
+    command -v docker > /dev/null ||
+      { echo "There is no Docker here; give an archive of docker save (*.tar) or docker://HOST/NAME" >&2; exit 78; }
+    bootstrap=docker-archive from=$work/image.tar
+    docker save --output "$from" "$source"
+    ;;
+esac
+"$apptainer" build --force --build-arg "bootstrap=$bootstrap" --build-arg "from=$from" "$@" \
+  "$work/made.sif" "$recipe"
+mv "$work/made.sif" "$sif"
+echo "$sif: $(du -h --apparent-size "$sif" | cut -f1)"

@@ -1,0 +1,290 @@
+"""The cluster in a box: real SLURM, munge and Apptainer on three containers of one image.
+
+* login: slurmctld and sshd; on the cluster's network and on one that leads outside.
+* c1, c2: slurmd, two cores each; on the cluster's network only, which has no way out.
+* /scratch is shared by all; the home of the user `student` is a tmpfs of HOME_MIB on the login node
+  and another on each compute node, which is what a small quota looks like.
+
+`python -m tests.twin.slurm.cluster up IMAGE` starts one to try the SLURM path by hand, with the SIF
+made of that image; `down` removes it. `make cluster` and `make cluster-down` do the same.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import docker
+from docker.errors import APIError, NotFound
+from docker.models.containers import Container
+
+from tests.twin.baseimage import ensure_base_image
+from tests.twin.engine import BUILD_TIMEOUT_S, LABEL, ROOT, EngineError, wait_until
+
+HERE = Path(__file__).resolve().parent
+TAG = "nanochat-twin-slurm"
+NODES = ("c1", "c2")
+USER = "student"
+SCRATCH = f"/scratch/{USER}"
+HOME = f"{SCRATCH}/nanochat"
+SIF = f"{SCRATCH}/nanochat.sif"
+KIT = "/opt/kit"
+HOME_MIB = 64
+START_S = 120.0
+FAST_SIF = ("--mksquashfs-args", "-comp zstd -Xcompression-level 3")
+"""A third of the time of the default gzip, at the same size."""
+APPTAINER_IN_DOCKER: dict[str, Any] = {
+    "devices": ["/dev/fuse"],
+    "cap_add": ["SYS_ADMIN", "NET_ADMIN"],
+    "security_opt": ["seccomp=unconfined", "apparmor=unconfined"],
+}
+"""And NET_ADMIN, so that a compute node can give its default route up."""
+UNMASKED: dict[str, list[str]] = {"MaskedPaths": [], "ReadonlyPaths": []}
+"""What --security-opt systempaths=unconfined stands for: Apptainer mounts a /proc of its own."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command on a node has said."""
+
+    exit_code: int
+    output: str
+
+
+def build_twin() -> str:
+    """The image of the nodes, built where it has changed. Raises EngineError."""
+    ensure_base_image("debian:trixie-slim")
+    client = next(
+        (c for c in _clients() if b"buildx" in _out(c, "buildx", "version") or _has_buildkit(c)),
+        None,
+    )
+    if client is None:
+        raise EngineError("the cluster in a box needs a Docker client with BuildKit")
+    built = subprocess.run(
+        [client, "build", "--tag", TAG, "--progress=plain", HERE],
+        env={**os.environ, "DOCKER_BUILDKIT": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=BUILD_TIMEOUT_S,
+    )
+    if built.returncode:
+        raise EngineError(f"{TAG} could not be built:\n{built.stdout[-4000:]}")
+    return TAG
+
+
+class Cluster:
+    """Three nodes; `up` starts them, `down` removes everything."""
+
+    def __init__(self, session: str = "") -> None:
+        self.client = docker.from_env(timeout=300)
+        self.session = session or uuid.uuid4().hex[:12]
+        self._labels = {LABEL: self.session}
+        self._network: Any = None
+        self.nodes: dict[str, Container] = {}
+
+    def up(self) -> None:
+        """Start the nodes and wait until both compute nodes are idle. Raises TimeoutError."""
+        self._network = self.client.networks.create(
+            self._name("net"), internal=True, labels=self._labels
+        )
+        for volume in ("scratch", "key"):
+            self.client.volumes.create(self._name(volume), labels=self._labels)
+        self._make_key()
+        self.start_node("login")
+        for name in NODES:
+            self.start_node(name)
+        wait_until(self._is_idle, START_S, f"idle nodes; sinfo: {self.sinfo()}")
+
+    def start_node(self, name: str) -> None:
+        """Start a node, also one that was removed."""
+        role = "login" if name == "login" else "compute"
+        api = self.client.api
+        host = api.create_host_config(
+            binds={
+                self._name("scratch"): {"bind": "/scratch", "mode": "rw"},
+                self._name("key"): {"bind": "/cluster", "mode": "ro"},
+                str(ROOT): {"bind": KIT, "mode": "ro"},
+            },
+            tmpfs={f"/home/{USER}": f"size={HOME_MIB}m,uid=2001,gid=2001,mode=700"},
+            network_mode=self._name("net"),
+            **APPTAINER_IN_DOCKER,
+        )
+        alone = api.create_endpoint_config(aliases=[name])
+        made = api.create_container(
+            TAG,
+            [role],
+            name=self._name(name),
+            hostname=name,
+            labels=self._labels,
+            host_config={**host, **UNMASKED},
+            networking_config=api.create_networking_config({self._name("net"): alone}),
+        )
+        container = self.client.containers.get(made["Id"])
+        if name == "login":
+            self.client.networks.get("bridge").connect(container)
+        container.start()
+        self.nodes[name] = container
+
+    def down(self) -> None:
+        """Remove containers, volumes and the network."""
+        mine = {"label": f"{LABEL}={self.session}"}
+        for container in self.client.containers.list(all=True, filters=mine):
+            with contextlib.suppress(APIError):
+                container.unpause()
+            with contextlib.suppress(NotFound):
+                container.remove(force=True, v=True)
+        for volume in self.client.volumes.list(filters=mine):
+            volume.remove(force=True)
+        for network in self.client.networks.list(filters=mine):
+            network.remove()
+        self.client.close()
+
+    def adopt(self) -> bool:
+        """Take over the nodes of a cluster of this session that runs already."""
+        mine = {"label": f"{LABEL}={self.session}"}
+        for container in self.client.containers.list(filters=mine):
+            self.nodes[container.name.rpartition("-")[2]] = container
+        return set(self.nodes) == {"login", *NODES}
+
+    # -- commands
+
+    def run(self, script: str, node: str = "login", user: str = USER) -> Said:
+        """A script in a login shell of a user."""
+        code, output = self.nodes[node].exec_run(
+            ["bash", "-lc", script],
+            user=user,
+            environment={"USER": user, "NANOCHAT_HOME": HOME},
+            workdir="/" if user == "root" else f"/home/{user}",
+        )
+        return Said(code, output.decode(errors="replace"))
+
+    def check(self, script: str, node: str = "login", user: str = USER) -> str:
+        """Output of a script that has to succeed. Raises EngineError."""
+        said = self.run(script, node, user)
+        if said.exit_code:
+            raise EngineError(f"on {node}: {script!r} ended with {said.exit_code}:\n{said.output}")
+        return said.output
+
+    def nanochat(self, words: str) -> Said:
+        """A verb as a student types it on the login node."""
+        return self.run(f"cd {KIT} && infra/slurm/nanochat.sh {words}")
+
+    def sinfo(self) -> str:
+        return self.run("sinfo --noheader --Node --format='%N %T'", user="root").output
+
+    def make_sif(self, image: str) -> str:
+        """The SIF of an image of the engine, built by the student; its sha256."""
+        archive = f"{SCRATCH}/image.tar"
+        saved = subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE)
+        copied = subprocess.run(
+            ["docker", "exec", "-i", "-u", USER, self.nodes["login"].id]
+            + ["sh", "-c", f"cat > {archive}"],
+            stdin=saved.stdout,
+        )
+        if saved.wait() or copied.returncode:
+            raise EngineError(f"{image} could not be copied to the login node")
+        options = " ".join(f"'{o}'" for o in FAST_SIF)
+        try:
+            self.check(f"{KIT}/infra/slurm/build_sif.sh {archive} {SIF} {options} 2>&1")
+        finally:
+            self.check(f"rm -f {archive}")
+        return self.check(f"sha256sum {SIF}").split()[0]
+
+    # -- jobs
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """A job as `scontrol show job` has it; its comment may hold spaces."""
+        text = self.run(f"scontrol show job {job_id}", user="root").output
+        fields: dict[str, str] = {}
+        for line in text.splitlines():
+            line = line.strip()
+            if line.startswith(("Comment=", "Reason=")):
+                key, _, value = line.partition("=")
+                fields[key] = value
+                continue
+            for word in line.split():
+                key, equals, value = word.partition("=")
+                if equals:
+                    fields.setdefault(key, value)
+        return fields
+
+    def wait_for_job(self, job_id: str, timeout_s: float) -> dict[str, str]:
+        """The job once it has ended for good. Raises TimeoutError with its log."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            job = self.job(job_id)
+            if job.get("JobState") in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"):
+                return job
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"job {job_id} after {timeout_s} s: {job}\n{self.log(job_id)}")
+            time.sleep(0.5)
+
+    def log(self, job_id: str) -> str:
+        """What a job has written."""
+        return self.run(f"cat {SCRATCH}/nanochat-*-{job_id}.out").output
+
+    def packets_without_route(self, node: str) -> int:
+        """The kernel's count of packets of a node that no route leads to (SNMP IpOutNoRoutes)."""
+        rows = [r.split() for r in self.check("cat /proc/net/snmp", node, "root").splitlines()]
+        names, values = [r for r in rows if r and r[0] == "Ip:"][:2]
+        return int(values[names.index("OutNoRoutes")])
+
+    # -- parts
+
+    def _is_idle(self) -> bool:
+        return self.sinfo().split() == ["c1", "idle", "c2", "idle"]
+
+    def _make_key(self) -> None:
+        self.client.containers.run(
+            TAG,
+            ["-c", "mungekey --create --keyfile /cluster/munge.key && chmod 644 /cluster/*"],
+            entrypoint="bash",
+            remove=True,
+            network_mode="none",
+            volumes={self._name("key"): {"bind": "/cluster", "mode": "rw"}},
+        )
+
+    def _name(self, what: str) -> str:
+        return f"nanochat-{self.session}-{what}"
+
+
+def _clients() -> list[str]:
+    found = subprocess.run(["which", "-a", "docker"], capture_output=True, text=True)
+    return found.stdout.split()
+
+
+def _out(client: str, *args: str) -> bytes:
+    done = subprocess.run([client, *args], capture_output=True)
+    return done.stdout if done.returncode == 0 else b""
+
+
+def _has_buildkit(client: str) -> bool:
+    """Clients up to 22 have it built in."""
+    version = _out(client, "--version").decode().partition("version ")[2]
+    return version.partition(".")[0] in ("18", "19", "20", "21", "22")
+
+
+def main(argv: list[str]) -> int:
+    """up IMAGE or down."""
+    cluster = Cluster("try")
+    if argv[:1] == ["down"]:
+        cluster.down()
+        return 0
+    build_twin()
+    if not cluster.adopt():
+        cluster.up()
+    if cluster.run(f"test -f {SIF}").exit_code and len(argv) > 1:
+        print("building the SIF; some minutes", file=sys.stderr)
+        cluster.make_sif(argv[1])
+    print(f"docker exec -it -u {USER} -w {KIT} -e NANOCHAT_HOME={HOME} nanochat-try-login bash -l")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

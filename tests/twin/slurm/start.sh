@@ -1,0 +1,23 @@
+#!/bin/bash
+# Starts a machine of the cluster in a box: login (slurmctld, sshd) or a compute node (slurmd).
+set -euo pipefail
+chmod 666 /dev/fuse                       # Docker makes it root's; Apptainer mounts SIFs with it
+install -d -m 1777 /scratch
+install -d -o student -g student /scratch/student
+install -d -o other -g other /scratch/other
+install -d -o munge -g munge -m 755 /run/munge
+install -o munge -g munge -m 400 /cluster/munge.key /etc/munge/munge.key
+runuser -u munge -- munged
+case "$1" in
+  login)
+    ssh-keygen -qA
+    /usr/sbin/sshd
+    exec slurmctld -D
+    ;;
+  compute)
+    # Docker's internal networks drop what leaves them; without a route the kernel refuses and
+    # counts it (IpOutNoRoutes), which is what the tests read.
+    ip route del default || true
+    exec slurmd -D
+    ;;
+esac
