@@ -54,7 +54,7 @@ def build_parser() -> Parser:
     p.add_argument("--run-dir", metavar="DIR", help="default: NANOCHAT_HOME/runs/NAME")
 
     p = verbs.add_parser("launch", parents=[spec, as_json], help="run it elsewhere")
-    p.add_argument("--to", required=True, choices=["docker", "slurm"], help="where")
+    p.add_argument("--to", required=True, choices=["docker", "runpod", "slurm"], help="where")
     p.add_argument("--dry-run", action="store_true", help="what would be sent, and its worst case")
     p.add_argument("--image", default="", help="default: the image of this version")
     p.add_argument("--volume", default="nanochat", help="volume by name, or an existing folder")
@@ -62,6 +62,10 @@ def build_parser() -> Parser:
     p.add_argument("--user", metavar="UID:GID", help="user that owns the files of the run")
     p.add_argument("--no-network", action="store_true", help="cut the container off")
     p.add_argument("--detach", action="store_true", help="return as soon as it runs")
+    in_cloud = p.add_argument_group("runpod")
+    in_cloud.add_argument("--offers", metavar="A,B", help="offers in order; default: the spec's")
+    in_cloud.add_argument("--max-usd-per-hour", type=float, help="price ceiling of a pod")
+    in_cloud.add_argument("--data-centers", metavar="A,B", help="default: where the volume is")
     in_slurm = p.add_argument_group("slurm", "as the section [slurm] of the spec; `plan --fields`")
     for name in ("account", "partition", "qos", "gres", "time", "scratch", "sif", "module", "ssh"):
         in_slurm.add_argument(f"--{name}")
@@ -73,6 +77,15 @@ def build_parser() -> Parser:
     p.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="default: every known run")
 
     verbs.add_parser("stop", parents=[a_run], help="stop a run with a checkpoint")
+
+    p = verbs.add_parser("reap", parents=[as_json], help="end pods that are past their budget")
+    p.add_argument("--dry-run", action="store_true", help="say what would be ended")
+    p.add_argument("--every", type=float, metavar="S", help="look again every S seconds, for ever")
+
+    p = verbs.add_parser("pull", parents=[a_run, as_json], help="bring the weights of a run")
+    p.add_argument("--best", action="store_true", help="lowest validation loss, not the newest")
+    p.add_argument("--to", required=True, metavar="DIR", help="a run directory to chat with")
+
     verbs.add_parser("report", parents=[a_run], help="write report.md, report.html and plots")
 
     p = verbs.add_parser("compare", parents=[as_json], help="runs side by side")

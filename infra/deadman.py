@@ -42,6 +42,7 @@ class Switch:
         pod_id: str,
         api: RunPodApi | None,
         max_usd: float | None = None,
+        born: float | None = None,
         silence_s: float = SILENCE_S,
         is_serving: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -49,6 +50,7 @@ class Switch:
         self.pod_id = pod_id
         self.api = api
         self.max_usd = max_usd
+        self.born = born
         self.silence_s = silence_s
         self._is_serving = is_serving
         self._born = time.monotonic()
@@ -108,7 +110,10 @@ class Switch:
     def _over_label(self, now: float) -> bool:
         if self.max_usd is None or self._pod is None:
             return False
-        lived_s = self._pod.uptime_s + now - self._pod_seen + LOOK_EVERY_S
+        lived_s = self._pod.uptime_s + now - self._pod_seen
+        if self.born is not None:
+            lived_s = max(lived_s, time.time() - self.born)
+        lived_s += LOOK_EVERY_S
         return lived_s / 3600.0 * self._pod.usd_per_hour >= self.max_usd
 
     def _over_budget(self, run: RunDir) -> bool:
@@ -149,10 +154,10 @@ def watch(switch: Switch, say: Callable[[str], None]) -> None:
         time.sleep(RETRY_S[min(attempt, len(RETRY_S) - 1)])
 
 
-def label_usd(environ: Mapping[str, str]) -> float | None:
-    """What the launcher's label lets this pod cost; None without a label."""
+def label(environ: Mapping[str, str], name: str) -> float | None:
+    """A number among the launcher's labels of this pod; None without it."""
     try:
-        return float(environ[f"{POD_PREFIX}MAX_USD"])
+        return float(environ[POD_PREFIX + name])
     except (KeyError, ValueError):
         return None
 
@@ -170,7 +175,8 @@ def main() -> int:
     pod_id = this_pod()
     if pod_id is None:
         return 0
-    switch = Switch(image_home(), pod_id, connect(), label_usd(os.environ), is_serving=is_serving)
+    max_usd, born = label(os.environ, "MAX_USD"), label(os.environ, "BORN")
+    switch = Switch(image_home(), pod_id, connect(), max_usd, born, is_serving=is_serving)
 
     def say(text: str) -> None:
         sys.stderr.write(text + "\n")

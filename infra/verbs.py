@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from infra import hardware, nodes, planner, preflight
+from infra import cloud, hardware, nodes, planner, preflight
+from infra import reap as reaping
 from infra.console import Console, render_status
 from infra.launch import docker, slurm
 from infra.launch.base import Job, LaunchError, Rendered
@@ -48,6 +49,8 @@ def run_verb(args: argparse.Namespace) -> int:
         "launch": launch,
         "status": status,
         "stop": stop,
+        "reap": reap,
+        "pull": pull,
         "report": report,
         "compare": compare,
         "sync": sync,
@@ -143,6 +146,9 @@ def launch(args: argparse.Namespace) -> int:
     spec = _load(args)
     if args.to == "slurm":
         spec = slurm.with_fields(spec, {f: getattr(args, f) for f in slurm.FIELDS})
+    if args.to == "runpod":
+        sent = cloud.launch_runpod(args, spec, _config_path(args))
+        return _dry_run(args, sent) if isinstance(sent, Rendered) else sent
     made = planner.make_plan(spec, hardware.parse_offer(spec.offer))
     if made.verdict == "refused":
         _say(made.render())
@@ -182,6 +188,9 @@ def status(args: argparse.Namespace) -> int:
     if args.run_dir and (queued := _only_queued(args.run_dir)):
         _print(args.json, queued, lambda q: f"{args.run_dir}: {q['slurm']['message']}")
         return EXIT_DONE
+    if args.run_dir and not _is_here(args.run_dir) and (pod := cloud.pod_status(args.run_dir)):
+        _print(args.json, pod, lambda p: f"{args.run_dir}: {p['message']}")
+        return int(pod["exit_code"] or EXIT_DONE)
     if args.run_dir:
         runs = [find_run(args.run_dir)]
     else:
@@ -198,6 +207,8 @@ def stop(args: argparse.Namespace) -> int:
     """Ask a run to stop with a checkpoint, and wait until it has."""
     if _containers(args.run_dir):
         return docker.stop(args.run_dir)
+    if not _is_here(args.run_dir) and cloud.pod_status(args.run_dir):
+        return cloud.pod_stop(args.run_dir)
     run_dir = find_run(args.run_dir)
     before = _status_of(run_dir)
     if before["state"] != "RUNNING":
@@ -214,6 +225,20 @@ def stop(args: argparse.Namespace) -> int:
         return EXIT_DONE
     _say(f"{run_dir.path} has not stopped within {grace_s + 10.0:.0f} s; it may be on a dead node")
     return 1
+
+
+def reap(args: argparse.Namespace) -> int:
+    """End pods of ours that are past their budget; 1 where one refuses to end."""
+    exit_code, rows = cloud.reap_verb(args)
+    _print(args.json, reaping.to_json(rows), lambda _: reaping.render(rows))
+    return exit_code
+
+
+def pull(args: argparse.Namespace) -> int:
+    """Bring the weights of a run without optimizer state."""
+    pulled = cloud.pull_verb(args)
+    _print(args.json, vars(pulled), lambda _: pulled.render())
+    return EXIT_DONE
 
 
 def report(args: argparse.Namespace) -> int:
@@ -285,12 +310,25 @@ def use_model(args: argparse.Namespace) -> NoReturn:
 
 
 def _load(args: argparse.Namespace) -> RunSpec:
+    return load_spec(_config_path(args), args.overrides)
+
+
+def _config_path(args: argparse.Namespace) -> Path:
+    """The config as it is named, else the kit's own of that name."""
     if not args.config.startswith("@"):
         raise SpecError(f"{args.config!r}: a config is given as @FILE, e.g. @configs/smoke.toml")
     path = Path(args.config[1:])
     if not path.exists() and (APP_DIR / path).exists():
         path = APP_DIR / path
-    return load_spec(path, args.overrides)
+    return path
+
+
+def _is_here(run: str) -> bool:
+    try:
+        find_run(run)
+    except RunDirError:
+        return False
+    return True
 
 
 def _containers(name: str) -> list[dict[str, Any]]:

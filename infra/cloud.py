@@ -1,0 +1,116 @@
+"""The verbs that reach a provider: `launch --to runpod`, its status and stop, `reap` and `pull`."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from infra import hardware, planner, reap
+from infra.launch import runpod
+from infra.launch.base import Job, LaunchError, Rendered
+from infra.pull import Pulled, open_source
+from infra.pull import pull as bring
+from infra.runpod_api import ProviderError, connect
+from nanochat.rundir import EXIT_DONE, EXIT_UNFIT_NODE, RunDirError
+from nanochat.spec import RunSpec, load_spec
+
+
+def launch_runpod(args: argparse.Namespace, spec: RunSpec, path: Path) -> int | Rendered:
+    """Plan the run on every offer given, then ask for pods; for a dry run what would be sent.
+
+    Raises LaunchError with the reason where no offer can do it.
+    """
+    options = runpod.RunPodOptions(
+        image=args.image,
+        volume=None if args.volume == "none" else args.volume,
+        max_usd_per_hour=args.max_usd_per_hour,
+        data_centers=tuple(filter(None, (args.data_centers or "").split(","))),
+        detach=args.detach,
+        secrets=runpod.present_secrets(os.environ),
+    )
+    jobs = _jobs(args, spec, path)
+    if args.dry_run:
+        return runpod.render(jobs, options, _volumes(options))
+    options = runpod.check_image(options)
+    return runpod.open_launcher().submit(jobs, options)
+
+
+def _jobs(args: argparse.Namespace, spec: RunSpec, path: Path) -> list[Job]:
+    """The run, planned on each offer; those on which it cannot work are left out."""
+    offers = list(filter(None, (args.offers or "").split(","))) or [spec.offer]
+    jobs, refused = [], []
+    for offer in offers:
+        overrides = list(args.overrides)
+        if offer != spec.offer:
+            overrides.append(f'offer="{offer}"')
+        asked = load_spec(path, overrides)
+        made = planner.make_plan(asked, hardware.parse_offer(offer))
+        if made.verdict == "refused":
+            refused.append(f"{offer}: {'; '.join(made.reasons)}")
+            continue
+        config = args.config[1:]
+        jobs.append(Job(config=config, overrides=tuple(overrides), spec=asked, plan=made.to_json()))
+    for reason in refused if jobs else ():
+        sys.stderr.write(f"left out: {reason}\n")
+    if not jobs:
+        raise LaunchError("the plan refuses every offer:\n  " + "\n  ".join(refused))
+    return jobs
+
+
+def _volumes(options: runpod.RunPodOptions) -> Sequence[runpod.Volume]:
+    """The account's volumes; in a dry run without a key or a network the one asked for stands."""
+    if options.volume is None:
+        return []
+    try:
+        return runpod.open_launcher().volumes
+    except LaunchError:
+        return [runpod.Volume(f"(id of {options.volume})", options.volume, "(its data centre)")]
+
+
+def pod_status(run_name: str) -> dict[str, Any] | None:
+    """What a pod says of a run; None without a key or a pod."""
+    api = connect()
+    if api is None or "/" in run_name:
+        return None
+    try:
+        return runpod.status(api, run_name)
+    except LaunchError:
+        return None
+
+
+def pod_stop(run_name: str) -> int:
+    """Stop the pod's run with a checkpoint and end the pod; the run's exit code."""
+    return runpod.stop(runpod.open_launcher(), run_name)
+
+
+def reap_verb(args: argparse.Namespace) -> tuple[int, list[reap.Row]]:
+    """One look (or one every so often): exit code 0, or 1 where something refuses to end."""
+    api = runpod.connect_or_explain()
+    while True:
+        try:
+            rows = reap.reap(api, args.dry_run)
+        except ProviderError as e:
+            if args.every is None:
+                raise LaunchError(str(e), EXIT_UNFIT_NODE) from None
+            rows = []
+        if args.every is None:
+            return (1 if any(r.action == "refused" for r in rows) else EXIT_DONE), rows
+        print(reap.render(rows), flush=True)  # noqa: T201 - one block per look
+        time.sleep(args.every)
+
+
+def pull_verb(args: argparse.Namespace) -> Pulled:
+    """Bring a run's weights; a run whose pod still lives is fetched from it."""
+    to = Path(args.to)
+    try:
+        source = open_source(args.run_dir)
+    except RunDirError:
+        api = connect()
+        pod = runpod.find_pod(api, args.run_dir) if api is not None else None
+        if pod is None or pod.address is None:
+            raise
+        source = runpod.run_on_pod(pod.address, args.run_dir)
+    return bring(source, to, args.best)
