@@ -56,7 +56,7 @@ def image_facts(version: str, revision: str) -> dict[str, Any]:
 
 
 def _uv_component() -> list[Component]:
-    """The uv binary, which no package manager in the image knows."""
+    """The uv binary, which no package manager in the image knows; its licence as on its wheel."""
     if not UV.is_file():
         return []
     said = subprocess.run([UV, "--version"], capture_output=True, text=True, check=True).stdout
@@ -64,7 +64,14 @@ def _uv_component() -> list[Component]:
     assert found, said
     purl = f"pkg:pypi/uv@{found[1]}"
     return [
-        {"type": "application", "bom-ref": purl, "name": "uv", "version": found[1], "purl": purl}
+        {
+            "type": "application",
+            "bom-ref": purl,
+            "name": "uv",
+            "version": found[1],
+            "purl": purl,
+            "licenses": [{"expression": "MIT OR Apache-2.0"}],
+        }
     ]
 
 

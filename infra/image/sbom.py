@@ -18,7 +18,8 @@ from typing import Any
 
 SPEC_VERSION = "1.6"
 LONGEST_LICENCE_NAME = 100
-"""Some packages put the whole text of a licence into the field for its name."""
+"""Some packages put the whole text of a licence into the field for its name; its title is first."""
+COMMON_LICENCE = re.compile(r"/usr/share/common-licenses/([\w.+-]*\w)")
 OSI_PREFIX = "License :: OSI Approved :: "
 
 Component = dict[str, Any]
@@ -117,20 +118,21 @@ def _python_licences(metadata: importlib.metadata.PackageMetadata) -> list[dict[
     assert isinstance(metadata, email.message.Message)
     if expression := metadata.get("License-Expression"):
         return [_expression(expression)]
-    name = str(metadata.get("License") or "").strip()
-    if name and name.upper() != "UNKNOWN" and "\n" not in name and len(name) < LONGEST_LICENCE_NAME:
+    name = str(metadata.get("License") or "").strip().partition("\n")[0].strip()
+    if name and name.upper() != "UNKNOWN" and len(name) < LONGEST_LICENCE_NAME:
         return [_named(name)]
     classifiers = metadata.get_all("Classifier") or []
     return [_named(c.removeprefix(OSI_PREFIX)) for c in classifiers if c.startswith("License ::")]
 
 
 def _debian_licences(copyright_file: Path) -> list[dict[str, Any]]:
-    """Short names of a machine-readable copyright file; none where it is prose."""
+    """Short names of a machine-readable copyright file; of prose, the common licences it names."""
     try:
         text = copyright_file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
     names = sorted(set(re.findall(r"^License:[ \t]*(\S[^\n]*)$", text, flags=re.MULTILINE)))
+    names = names or sorted(set(COMMON_LICENCE.findall(text)))
     return [_named(name.strip()) for name in names]
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from entrypoint import build_parser
 from infra.image.health import SILENCE_S, health
-from infra.image.sbom import make_sbom, python_components, rust_components
+from infra.image.sbom import _debian_licences, make_sbom, python_components, rust_components
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = 1_800_000_000.0
@@ -103,12 +103,26 @@ def test_python_components_state_their_licence_or_none(tmp_path: Path) -> None:
     install(tmp_path, "named", "2", "License: Apache 2.0")
     install(tmp_path, "classed", "3", "Classifier: License :: OSI Approved :: BSD License")
     install(tmp_path, "silent", "4", "License: UNKNOWN")
+    install(tmp_path, "texted", "5", "License: MIT License", "        ", "        Copyright")
     found = {c["name"]: c for c in python_components([tmp_path])}
     assert found["Typing_Ext"]["purl"] == "pkg:pypi/typing-ext@1.0"
     assert found["Typing_Ext"]["licenses"] == [{"expression": "MIT AND BSD-3-Clause"}]
     assert found["named"]["licenses"] == [{"license": {"name": "Apache 2.0"}}]
     assert found["classed"]["licenses"] == [{"license": {"name": "BSD License"}}]
+    assert found["texted"]["licenses"] == [{"license": {"name": "MIT License"}}]
     assert "licenses" not in found["silent"]
+
+
+def test_licences_of_a_debian_package_from_fields_or_from_prose(tmp_path: Path) -> None:
+    def licences(text: str) -> list[str]:
+        (tmp_path / "copyright").write_text(text)
+        return [c["license"]["name"] for c in _debian_licences(tmp_path / "copyright")]
+
+    prose = "is in /usr/share/common-licenses/GPL-2. See /usr/share/common-licenses/LGPL-2.1\n"
+    assert licences(prose) == ["GPL-2", "LGPL-2.1"]
+    assert licences(f"License: Expat\n {prose}License: BSD-3-clause\n") == ["BSD-3-clause", "Expat"]
+    assert licences("all yours") == []
+    assert _debian_licences(tmp_path / "none") == []
 
 
 def test_rust_components_are_what_cargo_resolved_without_the_crate_itself() -> None:
