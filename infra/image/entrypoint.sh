@@ -1,6 +1,8 @@
 #!/bin/sh
 # The image's entry point: verbs go to nanochat, anything else is exec'd as it stands. RunPod and
 # SkyPilot append `bash -c …` and wait for ever when it is not run.
+# On a pod the dead man's switch starts before anything else, whatever the command is.
+[ -z "$RUNPOD_POD_ID" ] || setsid /opt/nanochat/venv/bin/python -P -m infra.deadman </dev/null &
 [ $# -gt 0 ] || set -- run @configs/smoke.toml
 case "$1" in
   -* | plan | run | launch | status | stop | reap | pull | fetch | doctor | report | compare | sync \
