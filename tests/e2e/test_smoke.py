@@ -3,7 +3,9 @@
 import json
 import os
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,21 @@ from nanochat.tasks import make_task
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+
+
+class Page(HTMLParser):
+    """What a browser would find in a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        named = ("src", "href", "xlink:href", "srcset", "data", "action")
+        self.links += [value or "" for name, value in attrs if name in named]
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +66,11 @@ def test_the_report_shows_it(smoke: RunDir) -> None:
     report = (smoke.path / "report.md").read_text()
     for want in ("BASE", "MID", "SFT", "copying", "bigram", "val_bpb"):
         assert want in report
-    page = (smoke.path / "report.html").read_text()
-    assert "<img" in page and "http://" not in page.replace("http://www.w3.org", "")
+    page = Page((smoke.path / "report.html").read_text())
+    plots = list(smoke.report_dir.glob("*.png"))
+    assert len(plots) >= 5 and page.tags["svg"] == len(plots)
+    assert page.tags["script"] == page.tags["link"] == 0
+    assert [link for link in page.links if not link.startswith("#")] == []
 
 
 def test_chat_answers_held_out_instances(smoke: RunDir) -> None:
