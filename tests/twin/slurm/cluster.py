@@ -2,7 +2,7 @@
 
 * login: slurmctld and sshd; on the cluster's network and on one that leads outside.
 * c1, c2: slurmd, two cores each; on the cluster's network only, which has no way out.
-* /scratch is shared by all; the home of the user `student` is a tmpfs of HOME_MIB on the login node
+* /scratch, and /small of SMALL_MIB, are shared by all; the home of the user `student` is a tmpfs of HOME_MIB on the login node
   and another on each compute node, which is what a small quota looks like.
 
 `python -m tests.twin.slurm.cluster up IMAGE` starts one to try the SLURM path by hand, with the SIF
@@ -35,6 +35,9 @@ HOME = f"{SCRATCH}/nanochat"
 SIF = f"{SCRATCH}/nanochat.sif"
 KIT = "/opt/kit"
 HOME_MIB = 64
+SMALL = "/small"
+"""A scratch that fills up."""
+SMALL_MIB = 64
 START_S = 120.0
 FAST_SIF = ("--mksquashfs-args", "-comp zstd -Xcompression-level 3")
 """A third of the time of the default gzip, at the same size."""
@@ -95,6 +98,10 @@ class Cluster:
         )
         for volume in ("scratch", "key"):
             self.client.volumes.create(self._name(volume), labels=self._labels)
+        small = {"type": "tmpfs", "device": "tmpfs", "o": f"size={SMALL_MIB}m,mode=1777"}
+        self.client.volumes.create(
+            self._name("small"), driver="local", driver_opts=small, labels=self._labels
+        )
         self._make_key()
         self.start_node("login")
         for name in NODES:
@@ -108,6 +115,7 @@ class Cluster:
         host = api.create_host_config(
             binds={
                 self._name("scratch"): {"bind": "/scratch", "mode": "rw"},
+                self._name("small"): {"bind": SMALL, "mode": "rw"},
                 self._name("key"): {"bind": "/cluster", "mode": "ro"},
                 str(ROOT): {"bind": KIT, "mode": "ro"},
             },

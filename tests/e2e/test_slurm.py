@@ -1,0 +1,349 @@
+"""The SLURM path on a real cluster in containers: Apptainer, munge, jobs that end and go on.
+
+The first two points (a run without network; a wall time shorter than the run) are in `make e2e`, on
+the toy run; the others are long. The SIF is made of an image that this session builds. With
+NANOCHAT_CLUSTER=try the cluster that `make cluster` has started is used, and left.
+"""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from tests.twin.engine import Engine, build_image, wait_until
+from tests.twin.slurm.cluster import (
+    HOME,
+    NODES,
+    SCRATCH,
+    SIF,
+    SMALL,
+    USER,
+    Cluster,
+    build_twin,
+)
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
+
+TOY = "@configs/e2e.toml"
+FAST = "--signal-s 40"
+RUN_S = 900.0
+STEPS = 3000
+"""Of base training: more than a job of two minutes can do beside another one."""
+
+
+@pytest.fixture(scope="module")
+def cluster(engine: Engine) -> Iterator[Cluster]:
+    """Three nodes, the SIF on scratch, the data fetched on the login node."""
+    build_twin()
+    made = Cluster(os.environ.get("NANOCHAT_CLUSTER", ""))
+    is_given = made.adopt()
+    try:
+        if not is_given:
+            made.up()
+        if made.run(f"test -f {SIF}").exit_code:
+            tag = f"{engine.image}-sif"
+            build_image(tag, "--build-arg", "SKYPILOT_RUNTIME=0", "--build-arg", "DATA=none")
+            made.make_sif(tag)
+        fetched = made.nanochat(f"fetch {TOY}")
+        assert fetched.exit_code == 0, fetched.output
+        yield made
+    finally:
+        if not is_given:
+            made.down()
+
+
+def launch(cluster: Cluster, words: str) -> str:
+    """Id of the job that a student's `launch` has submitted."""
+    said = cluster.nanochat(f"launch {TOY} --to slurm {FAST} {words}")
+    found = re.search(r"^job (\d+) is queued", said.output, re.MULTILINE)
+    assert said.exit_code == 0 and found, said.output
+    return found[1]
+
+
+def named(name: str, *overrides: str) -> str:
+    """Overrides as typed: the run's name and others."""
+    return " ".join(f"'{word}'" for word in (f'name="{name}"', *overrides))
+
+
+def steps(cluster: Cluster, name: str, stage: str = "base_train") -> int:
+    """The last step of a stage in a run's metrics; 0 before the first."""
+    text = cluster.run(f"cat {HOME}/runs/{name}/metrics.jsonl 2>/dev/null").output
+    lines = [line for line in text.splitlines() if f'"{stage}"' in line and '"loss"' in line]
+    return max([0, *(json.loads(line)["step"] for line in lines if line.endswith("}"))])
+
+
+def wait_for_step(cluster: Cluster, job: str, name: str, step: int) -> None:
+    def reached() -> bool:
+        assert cluster.job(job)["JobState"] in ("PENDING", "RUNNING"), cluster.log(job)
+        return steps(cluster, name) >= step
+
+    wait_until(reached, RUN_S, f"{name} at step {step}")
+
+
+def weights(cluster: Cluster, name: str) -> list[str]:
+    """sha256 of the last model and optimizer of a run."""
+    folder = f"{HOME}/runs/{name}/checkpoints/chat_sft"
+    lines = cluster.check(f"cd {folder} && cd $(cat latest) && sha256sum model-* optimizer-*")
+    assert len(lines.splitlines()) >= 2
+    return lines.splitlines()
+
+
+def events(cluster: Cluster, name: str) -> list[str]:
+    text = cluster.check(f"cat {HOME}/runs/{name}/slurm.jsonl")
+    return [json.loads(line)["event"] for line in text.splitlines()]
+
+
+# -- the short form: both runs side by side, one per compute node
+
+
+@pytest.fixture(scope="module")
+def pair(cluster: Cluster) -> tuple[str, str, dict[str, int]]:
+    """Jobs of the same run in one piece and in parts, and the counters before them."""
+    before = {node: cluster.packets_without_route(node) for node in NODES}
+    training = f"base_train.num_steps={STEPS}", "base_train.eval_every_steps=500"
+    whole = launch(cluster, "--time 60 " + named("whole", *training))
+    parts = launch(cluster, "--time 2 " + named("parts", *training))
+    return whole, parts, before
+
+
+def test_a_run_finishes_without_a_packet_to_the_outside(
+    cluster: Cluster, pair: tuple[str, str, dict[str, int]]
+) -> None:
+    whole, _, before = pair
+    ended = cluster.wait_for_job(whole, RUN_S)
+    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), cluster.log(whole)
+    assert ended["Comment"] == f"exit 0: done: {HOME}/runs/whole/report.md"
+    assert "val_bpb" in cluster.check(f"cat {HOME}/runs/whole/report.md")
+    for node in ("login", *NODES):
+        used = int(cluster.check("du -sk ~", node).split()[0])
+        assert used < 1024, cluster.check("find ~", node)
+    assert {node: cluster.packets_without_route(node) for node in NODES} == before
+    # The counter does count: what no route leads to is one more.
+    cluster.run("(: > /dev/tcp/192.0.2.1/80) 2>/dev/null", "c1")
+    assert cluster.packets_without_route("c1") > before["c1"]
+
+
+def test_status_knows_the_chain(cluster: Cluster, pair: tuple[str, str, dict[str, int]]) -> None:
+    said = cluster.nanochat("status whole")
+    assert (said.exit_code, "SUCCEEDED" in said.output) == (0, True), said.output
+    assert re.search(rf"jobs +1, the last is {pair[0]}", said.output), said.output
+
+
+def test_a_wall_time_shorter_than_the_run(
+    cluster: Cluster, pair: tuple[str, str, dict[str, int]]
+) -> None:
+    whole, parts, _ = pair
+    ended = cluster.wait_for_job(parts, RUN_S)
+    log = cluster.log(parts)
+    assert ended["JobState"] == "COMPLETED", log
+    assert int(ended["Restarts"]) >= 1, log
+    assert log.count("got USR2; asking for a checkpoint") == int(ended["Restarts"])
+    assert events(cluster, "parts").count("requeue") == int(ended["Restarts"])
+    cluster.wait_for_job(whole, RUN_S)
+    assert weights(cluster, "parts") == weights(cluster, "whole")
+
+
+# -- the long form
+
+
+@pytest.mark.long
+def test_four_jobs_give_the_same_bits(cluster: Cluster) -> None:
+    training = f"base_train.num_steps={5 * STEPS}", "base_train.eval_every_steps=2000"
+    jobs = [
+        launch(cluster, "--time 60 " + named("whole4", *training)),
+        launch(cluster, "--time 2 " + named("parts4", *training)),
+    ]
+    seen: list[int] = []
+
+    def ended() -> bool:
+        job = cluster.job(jobs[1])
+        if job["JobState"] == "PENDING" and len(seen) < int(job["Restarts"]):
+            seen.append(steps(cluster, "parts4"))
+        return job["JobState"] in ("COMPLETED", "FAILED")
+
+    wait_until(ended, 1800, "the chain of four jobs")
+    job = cluster.job(jobs[1])
+    assert job["JobState"] == "COMPLETED", cluster.log(jobs[1])
+    assert int(job["Restarts"]) >= 3
+    assert seen == sorted(set(seen)), f"a job without a step: {seen}"
+    assert cluster.wait_for_job(jobs[0], 1800)["JobState"] == "COMPLETED"
+    assert weights(cluster, "parts4") == weights(cluster, "whole4")
+
+
+@pytest.mark.long
+def test_scancel_keeps_a_checkpoint_and_the_run_goes_on(cluster: Cluster) -> None:
+    words = "--time 30 " + named("cancelled", "base_train.num_steps=1500")
+    job = launch(cluster, words)
+    wait_for_step(cluster, job, "cancelled", 50)
+    cluster.check(f"scancel {job}")
+    assert cluster.wait_for_job(job, 120)["JobState"] == "CANCELLED"
+    done = steps(cluster, "cancelled")
+    assert cluster.run("squeue --noheader").output.strip() == ""
+    again = launch(cluster, words)
+    assert cluster.wait_for_job(again, RUN_S)["JobState"] == "COMPLETED", cluster.log(again)
+    assert done >= 50 and events(cluster, "cancelled")[-1] == "end"
+
+
+@pytest.mark.long
+def test_a_node_that_dies_hands_its_run_to_the_other(cluster: Cluster) -> None:
+    job = launch(cluster, "--time 30 " + named("node_died", "base_train.num_steps=2000"))
+    wait_for_step(cluster, job, "node_died", 50)
+    node = cluster.job(job)["NodeList"]
+    cluster.nodes[node].remove(force=True)
+    try:
+        wait_until(lambda: cluster.job(job).get("Restarts") == "1", 240, "the requeue")
+        ended = cluster.wait_for_job(job, RUN_S)
+        assert ended["JobState"] == "COMPLETED", cluster.log(job)
+        assert ended["NodeList"] != node
+    finally:
+        cluster.start_node(node)
+        wait_until(lambda: cluster.sinfo().split().count("idle") == 2, 120, "both nodes")
+
+
+@pytest.mark.long
+def test_a_full_scratch_is_78_and_goes_on_once_there_is_room(cluster: Cluster) -> None:
+    words = f"--time 30 --scratch {SMALL}/{USER} --sif {SIF} " + named(
+        "full", "base_train.num_steps=2000", "checkpoint.free_floor_gib=0.0"
+    )
+    cluster.check(f"mkdir -p {SMALL}/{USER}/nanochat && cp -r {HOME}/data {SMALL}/{USER}/nanochat/")
+    job = launch(cluster, words)
+    metrics = f"{SMALL}/{USER}/nanochat/runs/full/metrics.jsonl"
+    wait_until(
+        lambda: (
+            cluster.run(f"grep -c loss {metrics}").output.strip().isdigit()
+            and int(cluster.run(f"grep -c loss {metrics}").output) > 50
+        ),
+        RUN_S,
+        "a step",
+    )
+    cluster.run(f"head -c 64M /dev/zero > {SMALL}/filler", user="root")
+    ended = cluster.wait_for_job(job, RUN_S)
+    assert ended["ExitCode"] == "78:0", cluster.run(f"tail -n 20 {SMALL}/{USER}/*.out").output
+    assert "is full" in ended["Comment"]
+    cluster.check(f"rm {SMALL}/filler", user="root")
+    again = launch(cluster, words)
+    ended = cluster.wait_for_job(again, RUN_S)
+    assert ended["JobState"] == "COMPLETED", cluster.run(f"tail -n 20 {SMALL}/{USER}/*.out").output
+
+
+@pytest.mark.long
+def test_a_missing_sif_is_named(cluster: Cluster) -> None:
+    said = cluster.nanochat(f"launch {TOY} --to slurm {FAST} --sif {SCRATCH}/none.sif --dry-run")
+    job = cluster.check(f"sbatch --parsable << 'END'\n{said.output}\nEND").strip()
+    ended = cluster.wait_for_job(job, 60)
+    assert ended["ExitCode"] == "78:0"
+    assert f"there is no image {SCRATCH}/none.sif" in ended["Comment"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("damage", ["rm", "truncate -s 100"])
+def test_a_data_file_that_is_not_whole_is_refused_before_any_step(
+    cluster: Cluster, damage: str
+) -> None:
+    file = cluster.check(f"find {HOME}/data -name '*.parquet' | sort | tail -1").strip()
+    cluster.check(f"cp {file} {SCRATCH}/kept && {damage} {file}")
+    try:
+        job = launch(cluster, "--time 30 " + named("damaged"))
+        ended = cluster.wait_for_job(job, 120)
+        assert ended["ExitCode"] == "78:0", cluster.log(job)
+        took = cluster.check(f"grep -o '\"time\": [0-9]*' {HOME}/runs/damaged/slurm.jsonl").split()
+        assert int(took[-1]) - int(took[-3]) < 10
+        log = cluster.log(job)
+        assert os.path.basename(file) in ended["Comment"] and "nanochat fetch" in log, log
+        assert steps(cluster, "damaged") == 0
+    finally:
+        cluster.check(f"cp {SCRATCH}/kept {file}")
+
+
+@pytest.mark.long
+def test_two_submissions_of_a_run_do_not_meet(cluster: Cluster) -> None:
+    words = f"{TOY} --to slurm {FAST} --time 30 {named('twice')}"
+    first = launch(cluster, "--time 30 " + named("twice"))
+    refused = cluster.nanochat(f"launch {words}")
+    assert refused.exit_code == 78
+    assert f"queued already: job {first}" in refused.output
+    script = cluster.nanochat(f"launch {words} --dry-run").output
+    second = cluster.check(f"sbatch --parsable << 'END'\n{script}\nEND").strip()
+    assert cluster.wait_for_job(first, RUN_S)["JobState"] == "COMPLETED", cluster.log(first)
+    assert cluster.wait_for_job(second, 120)["JobState"] == "COMPLETED", cluster.log(second)
+    assert "base_train starts" not in cluster.log(second)
+
+
+@pytest.mark.long
+def test_a_chain_ends_at_its_bound(cluster: Cluster) -> None:
+    words = "--time 2 --max-jobs 2 " + named("bound", "base_train.num_steps=1000000")
+    job = launch(cluster, words)
+    ended = cluster.wait_for_job(job, RUN_S)
+    assert (ended["ExitCode"], ended["Restarts"]) == ("75:0", "1"), cluster.log(job)
+    assert "2 jobs were not enough" in ended["Comment"]
+
+
+@pytest.mark.long
+def test_where_requeueing_is_forbidden_the_next_job_follows(cluster: Cluster) -> None:
+    words = "--time 2 --no-requeue --max-jobs 2 " + named("chain", "base_train.num_steps=1000000")
+    job = launch(cluster, words)
+    ended = cluster.wait_for_job(job, RUN_S)
+    found = re.search(r"goes on in job (\d+)", ended["Comment"])
+    assert found, cluster.log(job)
+    last = cluster.wait_for_job(found[1], RUN_S)
+    assert "2 jobs were not enough" in last["Comment"]
+    assert events(cluster, "chain").count("start") == 2
+
+
+@pytest.mark.long
+def test_two_nodes_have_the_losses_of_one_process(cluster: Cluster) -> None:
+    def losses(name: str) -> dict[int, float]:
+        text = cluster.check(f"cat {HOME}/runs/{name}/metrics.jsonl")
+        rows = [json.loads(line) for line in text.splitlines()]
+        return {r["step"]: r["loss"] for r in rows if r["stage"] == "base_train" and "loss" in r}
+
+    alone = launch(cluster, "--time 30 " + named("alone"))
+    assert cluster.wait_for_job(alone, RUN_S)["JobState"] == "COMPLETED", cluster.log(alone)
+    words = "--time 30 --nodes 2 " + named("both", "runtime.num_ranks=2")
+    both = launch(cluster, words)
+    ended = cluster.wait_for_job(both, RUN_S)
+    assert (ended["JobState"], ended["NumNodes"]) == ("COMPLETED", "2"), cluster.log(both)
+    assert cluster.run(f"ls {HOME}/runs/both/logs").output.count(".node1.log") >= 3
+    expected = losses("alone")
+    assert losses("both") == pytest.approx(expected, rel=1e-3) and len(expected) == 60
+
+
+@pytest.mark.long
+def test_launch_over_ssh(cluster: Cluster, tmp_path: os.PathLike[str]) -> None:
+    """From this machine, which has no SLURM: sbatch runs on the login node."""
+    key = os.path.join(tmp_path, "key")
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    public = open(f"{key}.pub").read().strip()
+    cluster.check(f"mkdir -p -m 700 ~/.ssh && echo '{public}' > ~/.ssh/authorized_keys")
+    login = cluster.nodes["login"]
+    login.reload()
+    address = login.attrs["NetworkSettings"]["Networks"]["bridge"]["IPAddress"]
+    ssh = os.path.join(tmp_path, "ssh")
+    with open(ssh, "w") as f:
+        options = f"-i {key} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
+        f.write(f'#!/bin/sh\nexec /usr/bin/ssh {options} -o LogLevel=ERROR "$@"\n')
+    os.chmod(ssh, 0o755)
+    command = ["launch", TOY, *FAST.split(), "--time", "30", 'name="over_ssh"', "--to", "slurm"]
+    command += ["--scratch", "/scratch/$USER", "--ssh", f"{USER}@{address}"]
+    done = subprocess.run(
+        [".venv/bin/nanochat", *command],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    found = re.search(r"job (\d+) is queued", done.stderr)
+    assert done.returncode == 0 and found, done.stderr
+    assert cluster.wait_for_job(found[1], RUN_S)["JobState"] == "COMPLETED", cluster.log(found[1])
+
+
+@pytest.mark.long
+def test_stop_from_the_login_node_ends_the_chain(cluster: Cluster) -> None:
+    job = launch(cluster, "--time 30 " + named("stopped", "base_train.num_steps=1000000"))
+    wait_for_step(cluster, job, "stopped", 20)
+    stopped = cluster.nanochat("stop stopped")
+    assert stopped.exit_code == 0, stopped.output
+    ended = cluster.wait_for_job(job, 120)
+    assert ended["ExitCode"] == "75:0" and "by request" in ended["Comment"]

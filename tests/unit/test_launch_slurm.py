@@ -1,0 +1,376 @@
+"""The SLURM launcher: its script against golden files, shellcheck, and stand-ins for SLURM's
+commands; tests/e2e/test_slurm.py has the real ones."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import entrypoint
+from infra import planner, sync
+from infra.hardware import parse_offer
+from infra.launch import slurm
+from infra.launch.base import Job, LaunchError
+from infra.layout import make_layout
+from infra.memory import step_memory
+from nanochat.rundir import RunDir
+from nanochat.scaling import gpt_config
+from nanochat.spec import Slurm, SpecError, load_spec
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+TOY = """\
+name = "toy"            # it's "quoted" $HOME `id`
+stop_grace_s = 8.0
+[model]
+depth = 2
+vocab_size = 512
+[runtime]
+device = "cpu"
+num_ranks = 2
+[base_train]
+num_steps = 5
+total_batch_size = 4096
+"""
+GPU_PLAN = {"usd_per_hour": 0.0, "world_size": 8, "offer": "8xA100-40GB"}
+CPU_PLAN = {"usd_per_hour": 0.0, "world_size": 1, "offer": "cpu"}
+
+
+def job(
+    folder: Path, fields: dict[str, Any], *overrides: str, plan: dict[str, Any] = CPU_PLAN
+) -> Job:
+    config = folder / "toy.toml"
+    config.write_text(TOY)
+    spec = slurm.with_fields(load_spec(config, list(overrides)), fields)
+    return Job(config=str(config), overrides=overrides, spec=spec, plan=plan)
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "one_node": ({"scratch": "/scratch/$USER", "partition": "cpu"}, CPU_PLAN),
+    "two_nodes": (
+        {
+            "scratch": "/scratch/$USER",
+            "sif": "/shared/nanochat.sif",
+            "account": "class-101",
+            "partition": "gpu-a100",
+            "qos": "normal",
+            "gres": "gpu:a100:4",
+            "time": "0-12:00:00",
+            "nodes": 2,
+            "requeue": False,
+            "max_jobs": 6,
+            "memory_gib": 400,
+            "module": "apptainer/1.4",
+        },
+        GPU_PLAN,
+    ),
+}
+
+
+def rendered(case: str, folder: Path) -> str:
+    fields, plan = CASES[case]
+    made = job(folder, fields, "base_train.num_steps=7", 'name="it-is"', plan=plan)
+    text = slurm.render(made, "student").dry_run()
+    version = slurm.importlib.metadata.version("nanochat-kit")
+    return text.replace(version, "VERSION").replace(str(folder), "/folder") + "\n"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_script_is_the_golden_one(case: str, tmp_path: Path) -> None:
+    golden = GOLDEN / f"slurm_{case}.sbatch"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(rendered(case, tmp_path))
+    assert rendered(case, tmp_path) == golden.read_text()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_script_passes_shellcheck(case: str, tmp_path: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        assert not os.environ.get("CI"), "CI installs shellcheck"
+        pytest.skip("shellcheck is not installed: apt-get install shellcheck")
+    script = tmp_path / "job.sbatch"
+    script.write_text(rendered(case, tmp_path))
+    scripts = [script, *(ROOT / "infra" / "slurm").glob("*.sh")]
+    checked = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "slurm.scratch"),
+        ({"scratch": "/s/$HOME"}, r"only \$USER"),
+        ({"scratch": "/s", "signal_s": 31}, "stop_grace_s"),
+        ({"scratch": "/s", "time": "2"}, "not longer than"),
+        ({"scratch": "/s", "nodes": 3}, "num_ranks"),
+    ],
+)
+def test_what_cannot_work_is_refused(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=said):
+        slurm.render(job(tmp_path, fields), "student")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"account": "x\n#SBATCH --uid=0"},
+        {"partition": "a b"},
+        {"scratch": "/s; rm -rf /"},
+        {"scratch": "relative"},
+        {"time": "soon"},
+        {"ssh": "-oProxyCommand=id"},
+    ],
+)
+def test_a_field_cannot_smuggle_anything_in(fields: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=next(iter(fields))):
+        job(tmp_path, fields)
+
+
+@given(st.integers(0, 9), st.integers(0, 23), st.integers(0, 59), st.integers(0, 59))
+def test_sbatchs_times(d: int, h: int, m: int, s: int) -> None:
+    assert slurm.seconds(f"{d}-{h:02}:{m:02}:{s:02}") == ((d * 24 + h) * 60 + m) * 60 + s
+    assert slurm.seconds(f"{h}:{m:02}:{s:02}") == (h * 60 + m) * 60 + s
+    assert slurm.seconds(f"{m}:{s:02}") == m * 60 + s
+    assert slurm.seconds(f"{d}-{h:02}") == (d * 24 + h) * 3600
+    assert slurm.seconds(str(m)) == m * 60
+
+
+def test_jobs_that_a_run_takes() -> None:
+    cluster = Slurm(time="12:00:00", signal_s=150)
+    assert [slurm.num_jobs(h, cluster) for h in (0.1, 8.2, 11.9, 12.0, 23.0, 30.0)] == [
+        1, 1, 1, 2, 2, 3,
+    ]  # fmt: skip
+
+
+def test_the_dry_run_of_the_verb_is_a_script(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["launch", "@configs/e2e.toml", "--to", "slurm", "--scratch", "/scratch", "--dry-run"]
+    assert entrypoint.main(words) == 0
+    script = capsys.readouterr().out
+    assert script.startswith("#!/bin/bash\n")
+    assert script.rstrip().splitlines()[-1] == "# worst case: $0.00"
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def test_ptolemys_plan_fits_40_gb_where_32_rows_do_not() -> None:
+    spec = load_spec(ROOT / "configs" / "ptolemy_d20.toml")
+    plan = planner.make_plan(spec, parse_offer(spec.offer)).to_json()
+    assert plan["verdict"] == "ok"
+    base = plan["stages"][0]
+    assert (base["stage"], base["device_batch_size"] < 32) == ("base_train", True)
+    assert slurm.num_jobs(plan["hours"], spec.slurm) == 1
+    config = gpt_config(spec.model)
+    layout = make_layout(spec, parse_offer(spec.offer))
+    assert step_memory(config, layout, base["device_batch_size"], parse_offer(spec.offer)).fits
+    assert not step_memory(config, layout, 32, parse_offer(spec.offer)).fits
+
+
+# -- the batch shell, with stand-ins for SLURM's commands and Apptainer
+
+
+@dataclass
+class Shell:
+    """Runs a script as slurmd would. Every stand-in notes its arguments in `calls`."""
+
+    folder: Path
+    script: Path
+    env: dict[str, str]
+
+    def calls(self) -> list[str]:
+        file = self.folder / "calls"
+        return file.read_text().splitlines() if file.exists() else []
+
+    def run(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", self.script, *args],
+            env=self.env | env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def comment(self) -> str:
+        return [c for c in self.calls() if "Comment=" in c][-1].partition("Comment=")[2]
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    scratch = tmp_path / "scratch"
+    tools = tmp_path / "bin"
+    for folder in (scratch, tools):
+        folder.mkdir()
+    (scratch / "nanochat.sif").write_text("")
+    note = f'#!/bin/bash\necho "$(basename "$0") $*" >> {tmp_path}/calls\n'
+    stand_ins = {
+        # what it is told to end with, perhaps only when it is told to stop
+        "apptainer": "[ -z \"${WAIT:-}\" ] || { trap 'exit 75' TERM; touch $READY; "
+        'for i in $(seq 300); do sleep 0.1; done; }\nexit "${CODE:-0}"\n',
+        "scontrol": 'case "$1" in requeue) exit "${NO_REQUEUE:-0}" ;; '
+        'show) echo "JobState=${STATE:-RUNNING}" ;; esac\n',
+        "sbatch": "echo 1001\n",
+        "sleep": '[ "$1" = 120 ] || exec /bin/sleep "$@"\n',
+    }
+    for name, body in stand_ins.items():
+        (tools / name).write_text(note + body)
+        (tools / name).chmod(0o755)
+    made = job(tmp_path, {"scratch": str(scratch), "max_jobs": 4})
+    script = tmp_path / "job.sbatch"
+    script.write_text(slurm.render(made, "student").text)
+    env = {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "1000",
+        "SLURM_JOB_NODELIST": "c1",
+        "READY": str(tmp_path / "ready"),
+    }
+    return Shell(tmp_path, script, env)
+
+
+@pytest.mark.parametrize("code", [0, 70, 75, 76, 78, 1, 255])
+def test_an_end_that_is_no_wall_time_ends_the_chain(shell: Shell, code: int) -> None:
+    ended = shell.run(CODE=str(code))
+    assert ended.returncode == code, ended.stderr
+    assert not any(call.startswith(("sbatch", "scontrol requeue")) for call in shell.calls())
+    assert shell.comment().startswith(f"exit {code}: ")
+    assert "launch it again" in shell.comment() or code != 75
+
+
+def test_the_container_sees_scratch_and_nothing_else(shell: Shell) -> None:
+    shell.run(WANDB_API_KEY="secret")
+    (call,) = [c for c in shell.calls() if c.startswith("apptainer")]
+    scratch = shell.folder / "scratch"
+    assert "exec --containall --no-home" in call
+    assert call.count("--bind") == 1 and f"--bind {scratch} " in call
+    assert "NANOCHAT_OFFLINE=1" in call and "secret" not in call
+    assert f"nanochat run @{scratch}/nanochat/toy.1000.toml" in call
+
+
+def test_the_spec_arrives_unchanged(shell: Shell) -> None:
+    copier = shell.folder / "bin" / "apptainer"
+    copier.write_text(
+        f"#!/bin/bash\ncp {shell.folder}/scratch/nanochat/*.toml {shell.folder}/got\n"
+    )
+    assert shell.run().returncode == 0
+    assert (shell.folder / "got").read_text() == TOY
+
+
+def signalled(shell: Shell, signum: int, *args: str, **env: str) -> tuple[int, str]:
+    """Exit code and output of a job that gets a signal once its container runs."""
+    process = subprocess.Popen(
+        ["bash", shell.script, *args],
+        env=shell.env | env | {"WAIT": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 30
+    while not (shell.folder / "ready").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signum)
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output
+
+
+def test_slurms_signal_requeues_the_job(shell: Shell) -> None:
+    code, output = signalled(shell, signal.SIGUSR2)
+    assert code == 75, output
+    assert "scontrol requeue 1000" in shell.calls()
+
+
+def test_where_requeueing_is_refused_the_next_job_is_submitted(shell: Shell) -> None:
+    code, output = signalled(shell, signal.SIGUSR2, "1", "c7", NO_REQUEUE="1")
+    assert (code, "goes on in job 1001" in output) == (75, True), output
+    (call,) = [c for c in shell.calls() if c.startswith("sbatch")]
+    assert call == f"sbatch --parsable --exclude=c7 {shell.script} 2 c7"
+
+
+@pytest.mark.parametrize(("before", "restarts"), [("0", "3"), ("3", "0"), ("1", "2"), ("9", "9")])
+def test_a_chain_ends_at_its_bound(shell: Shell, before: str, restarts: str) -> None:
+    code, _ = signalled(shell, signal.SIGUSR2, before, SLURM_RESTART_COUNT=restarts)
+    assert code == 75
+    assert "4 jobs were not enough" in shell.comment()
+    assert not any(call.startswith(("sbatch", "scontrol requeue")) for call in shell.calls())
+
+
+def test_scancel_saves_and_ends_the_chain(shell: Shell) -> None:
+    code, _ = signalled(shell, signal.SIGTERM)
+    assert code == 75
+    assert "TERM" in shell.comment() and "launch it again" in shell.comment()
+    assert not any(call.startswith(("sbatch", "scontrol requeue")) for call in shell.calls())
+
+
+def test_a_job_cancelled_after_slurms_signal_is_not_requeued(shell: Shell) -> None:
+    signalled(shell, signal.SIGUSR2, STATE="CANCELLED")
+    assert "cancelled" in shell.comment()
+    assert "scontrol requeue 1000" not in shell.calls()
+
+
+def test_an_unfit_node_is_avoided_at_most_twice(shell: Shell) -> None:
+    excluded = ""
+    for jobs in ("1", "2"):
+        assert shell.run(str(int(jobs) - 1), excluded, CODE="77").returncode == 77
+        last = [c for c in shell.calls() if c.startswith("sbatch")][-1]
+        excluded = f"{excluded},c1" if excluded else "c1"
+        assert last == f"sbatch --parsable --exclude={excluded} {shell.script} {jobs} {excluded}"
+    submitted = sum(c.startswith("sbatch") for c in shell.calls())
+    assert shell.run("2", "c1,c1", CODE="77").returncode == 77
+    assert sum(c.startswith("sbatch") for c in shell.calls()) == submitted
+    assert "unfit on c1 too" in shell.comment()
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"), [("nanochat.sif", "make sif SIF="), ("", "not a folder")]
+)
+def test_what_is_missing_on_the_node_is_named(shell: Shell, missing: str, said: str) -> None:
+    target = shell.folder / "scratch" / missing
+    target.rename(shell.folder / "away")
+    assert shell.run().returncode == 78
+    assert said in shell.comment()
+
+
+def test_the_comment_has_the_reason_that_the_run_gave(shell: Shell) -> None:
+    log = shell.folder / "scratch" / "nanochat-toy-1000.out"
+    log.write_text("nanochat run: data: base_train needs shard 7\nnanochat job 1000 (1): x\n")
+    shell.run(CODE="78")
+    assert shell.comment() == "exit 78: nanochat run: data: base_train needs shard 7"
+    events = (shell.folder / "scratch/nanochat/runs/toy/slurm.jsonl").read_text().splitlines()
+    assert [json.loads(e)["event"] for e in events] == ["start", "end"]
+    run = RunDir(shell.folder / "scratch/nanochat/runs/toy")
+    chain = slurm.chain(run)
+    assert chain is not None and (chain["jobs"], chain["last"]) == (1, "end")
+
+
+# -- sync
+
+
+def test_sync_pushes_what_is_not_pushed_and_keeps_what_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    for name, synced in (("1", True), ("2", False), ("3", False)):
+        part = tmp_path / "wandb" / f"offline-run-{name}-abc"
+        part.mkdir(parents=True)
+        (part / f"run-abc.wandb{'.synced' if synced else ''}").write_text("")
+    tool = tmp_path / "wandb-stand-in"
+    tool.write_text('#!/bin/bash\necho "$@" >> "$(dirname "$0")/calls"\n[[ "$2" != *run-3* ]]\n')
+    tool.chmod(0o755)
+    pushed = sync.push(RunDir(tmp_path), (str(tool),))
+    assert (pushed.pushed, pushed.waiting) == (["offline-run-2-abc"], ["offline-run-3-abc"])
+    assert pushed.exit_code == 78
+    assert len((tmp_path / "calls").read_text().splitlines()) == 2
+
+
+def test_sync_without_a_key_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "wandb" / "offline-run-1").mkdir(parents=True)
+    with pytest.raises(SpecError, match="WANDB_API_KEY"):
+        sync.push(RunDir(tmp_path), ("wandb",))
