@@ -4,6 +4,7 @@ No logic and no torch here, also indirectly, so that every `--help` answers at o
 needs is imported when it runs.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from infra.privileges import enter_image
 from nanochat.arguments import EXIT_SPEC, Parser, chat_parser, export_parser, serve_parser
 
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 
 
 MODEL_VERBS = {
@@ -128,6 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return verbs.run_verb(args)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `nanochat plan … | head`: nobody reads the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
 
 
 if __name__ == "__main__":

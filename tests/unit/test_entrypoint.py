@@ -121,3 +121,14 @@ def test_launch_dry_run_prints_what_would_be_sent(capsys: pytest.CaptureFixture[
     document = json.loads(capsys.readouterr().out)
     assert document["worst_case_usd"] == 0.0
     assert "@/run/nanochat/e2e.toml" in document["sent"]
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = [sys.executable, "entrypoint.py", "plan", "--fields"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
