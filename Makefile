@@ -103,6 +103,7 @@ lock:  ## resolve the dependencies again into the lock files
 	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --constraint infra/image/cuda12.in --output-file requirements-cuda12.lock pyproject.toml
 	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --output-file infra/image/tools.lock infra/image/tools.in
 	$(VENV)/bin/uv pip compile --quiet --python-platform x86_64-manylinux_2_28 --no-emit-package skypilot --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --output-file infra/image/skypilot-runtime.lock infra/image/skypilot-runtime.in
+	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --constraint requirements-dev.lock --output-file tests/oracle/requirements.lock tests/oracle/requirements.in
 
 clean:  ## remove what the targets made, except runs
 	rm -rf $(VENV) build rustbpe/target .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -18,7 +18,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from nanochat.records import COLUMNS, RunRecord, StageRecord, score_rows, trained_stages
+from nanochat.records import (
+    COLUMNS,
+    CORE_PART,
+    RunRecord,
+    StageRecord,
+    score_rows,
+    trained_stages,
+)
 
 COLOURS = {
     "base_train": "#3b82c4",
@@ -92,13 +99,18 @@ def _mfu_percent(line: dict[str, Any]) -> float | None:
     return None if line.get("mfu") is None else 100 * line["mfu"]
 
 
+def _loss(line: dict[str, Any]) -> float | None:
+    """Of a likelihood; what chat_rl descends on is none."""
+    return None if "reward" in line else line.get("loss")
+
+
 CURVES = (
     Curve(
         "loss",
         "Training loss",
         "Each step, and the mean around it. Dotted lines are restarts, red ones roll-backs.",
         "nats per target",
-        _key("loss"),
+        _loss,
         is_noisy=True,
     ),
     Curve(
@@ -295,7 +307,7 @@ def _val_plot(stages: list[StageRecord], folder: Path) -> Plot:
 
 def _score_plot(record: RunRecord, folder: Path) -> Plot:
     """Bars per task, one per stage, with standard errors and the score of guessing."""
-    rows = score_rows(record)
+    rows = [row for row in score_rows(record) if not row[1].startswith(CORE_PART)]
     bars = [[(s, by[s]) for s in COLUMNS if s in by] for _, _, by in rows]
     height = 0.17 * sum(len(b) for b in bars) + 0.14 * len(rows)
     figure = Figure(figsize=(8.4, height + 0.75))

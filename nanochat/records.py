@@ -13,6 +13,8 @@ from nanochat.scaling import gpt_config, num_params
 from nanochat.spec import STAGES, WEIGHT_STAGES, RunSpec
 
 COLUMNS = {"base_train": "BASE", "mid_train": "MID", "chat_sft": "SFT", "chat_rl": "RL"}
+CORE_PART = "core."
+"""What the names of CORE's 22 tasks begin with."""
 TASK_NAMES = {
     "core": "CORE",
     "arc_challenge": "ARC-Challenge",

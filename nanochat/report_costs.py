@@ -11,6 +11,7 @@ from nanochat import formats
 from nanochat.document import Block, Code, Facts, Paragraph, Table
 from nanochat.machine import source_size
 from nanochat.records import RunRecord
+from nanochat.spec import STAGES
 
 MAX_EVENTS = 200
 
@@ -76,8 +77,24 @@ def plan_against_actual(record: RunRecord) -> list[Block]:
                 pair(planned_gib, stage.peak_memory_gib, formats.gib),
             ]
         )
+    for other in record.plan.get("other_stages", []):
+        name = other["stage"]
+        if name in record.spec.stages:
+            seconds = record.stages[name].seconds
+            usd = other["hours"] * record.usd_per_hour
+            rows.append(
+                [
+                    name,
+                    "",
+                    "",
+                    pair(other["hours"], _hours(seconds), formats.hours),
+                    pair(usd, record.usd(seconds), formats.usd),
+                    *[""] * 3,
+                ]
+            )
     if not rows:
         return []
+    rows.sort(key=lambda row: STAGES.index(row[0]))
     hours = pair(record.plan.get("hours"), _hours(record.used_s), formats.hours)
     usd = pair(record.plan.get("usd"), record.spent_usd, formats.usd)
     rows.append(["whole run", "", "", hours, usd, "", "", ""])

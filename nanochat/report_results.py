@@ -7,7 +7,9 @@ from nanochat import formats, plots
 from nanochat.document import Block, Code, Paragraph, Table
 from nanochat.records import (
     COLUMNS,
+    CORE_PART,
     RunRecord,
+    Score,
     StageRecord,
     first_answers,
     score_rows,
@@ -22,11 +24,16 @@ ANSWERS_PER_TASK = 3
 def scores(record: RunRecord, drawn: dict[str, plots.Plot]) -> list[Block]:
     """Every metric per stage, as table and bars."""
     rows = []
-    for label, _, by_stage in score_rows(record):
+    core = []
+    for label, task, by_stage in score_rows(record):
         some = next(iter(by_stage.values()))
         cells = [str(by_stage[s]) if s in by_stage else "-" for s in COLUMNS]
         chance = "-" if some.chance is None else f"{some.chance:.2f}"
-        rows.append([label, *cells, chance, f"{some.n:,}"])
+        if task.startswith(CORE_PART):
+            name = label.removeprefix(CORE_PART)
+            core.append([name, str(some), chance, _centred(some), f"{some.n:,}"])
+        else:
+            rows.append([label, *cells, chance, f"{some.n:,}"])
     if not rows:
         return []
     blocks: list[Block] = [
@@ -36,7 +43,21 @@ def scores(record: RunRecord, drawn: dict[str, plots.Plot]) -> list[Block]:
             "standard error, chance is the score of guessing."
         ),
     ]
-    return blocks + _plots(drawn, ["scores"])
+    blocks += _plots(drawn, ["scores"])
+    if core:
+        blocks += [
+            Paragraph(
+                "The tasks of CORE. Centred: 0 is guessing, 1 is all right; CORE is their mean."
+            ),
+            Table(["Task", "Accuracy", "Chance", "Centred", "Examples"], core),
+        ]
+    return blocks
+
+
+def _centred(score: Score) -> str:
+    if score.chance is None:
+        return "-"
+    return f"{(score.value - score.chance) / (1 - score.chance):.3f}"
 
 
 def training(record: RunRecord, drawn: dict[str, plots.Plot]) -> list[Block]:
@@ -53,7 +74,7 @@ def training(record: RunRecord, drawn: dict[str, plots.Plot]) -> list[Block]:
         row("Steps", lambda s: formats.whole(s.num_steps)),
         row("Tokens", lambda s: formats.count(s.last("num_tokens"))),
         row("Epochs", lambda s: formats.fixed(s.last("epochs") or s.last("epoch"), 2)),
-        row("Loss at the end", lambda s: formats.fixed(_mean_end(s, "loss"), 4)),
+        row("Loss at the end", _loss_at_end),
         row("val_bpb first", lambda s: formats.fixed(s.first_val_bpb, 4)),
         row("val_bpb best", lambda s: formats.fixed(s.best_val_bpb, 4)),
         row("val_bpb last", lambda s: formats.fixed(s.last_val_bpb, 4)),
@@ -70,6 +91,12 @@ def training(record: RunRecord, drawn: dict[str, plots.Plot]) -> list[Block]:
     blocks: list[Block] = [Table(headers, [r for r in rows if any(c != "-" for c in r[1:])])]
     order = ["loss", "val_bpb", *(c.name for c in plots.CURVES if c.name != "loss")]
     return blocks + _plots(drawn, order)
+
+
+def _loss_at_end(stage: StageRecord) -> str:
+    """Of a likelihood; what chat_rl descends on is none."""
+    is_rl = any("reward" in line for line in stage.steps)
+    return "-" if is_rl else formats.fixed(_mean_end(stage, "loss"), 4)
 
 
 def _plots(drawn: dict[str, plots.Plot], names: Iterable[str]) -> list[Block]:

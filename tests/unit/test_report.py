@@ -320,12 +320,49 @@ def test_an_outcome_of_another_version_is_left_out(full: RunDir) -> None:
 
 
 def test_a_long_run_is_drawn_from_few_points(empty: RunDir) -> None:
-    m = Metrics(empty, "chat_rl")
+    m = Metrics(empty, "chat_sft")
     for step in range(1, 5001):
-        m.log_step(step, loss=1.0, reward=step / 5000)
+        m.log_step(step, loss=step / 5000)
     m.close()
     svg = {p.name: p.svg for p in plots.draw(read_run(empty), empty.report_dir)}
-    assert set(svg) == {"loss", "reward", "memory"} and len(svg["loss"]) < 60_000
+    assert set(svg) == {"loss", "memory"} and len(svg["loss"]) < 60_000
+
+
+def test_rewards_are_shown_and_what_their_gradient_descends_on_is_not(empty: RunDir) -> None:
+    m = Metrics(empty, "chat_rl")
+    m.log_reward(0, 0.25, stderr=0.1, n=16)
+    for step in range(1, 9):
+        m.log_step(step, loss=-0.5, reward=step / 8)
+    m.log_reward(8, 0.75, stderr=0.1, n=16)
+    m.close()
+    facts = {"reward_first": 0.25, "reward_last": 0.75}
+    empty.write_outcome(Outcome("chat_rl", "done", step=8, facts=facts))
+    drawn = {p.name for p in plots.draw(read_run(empty), empty.report_dir)}
+    assert {"reward", "val_reward"} <= drawn and "loss" not in drawn
+    text = markdown_of(empty)
+    assert table_row(text, "Held-out reward first")[-1] == "0.250"
+    assert table_row(text, "Reward of rollouts at the end")[-1] == "0.562"
+    assert "Loss at the end" not in text
+
+
+def test_the_tasks_of_core_stand_in_a_table_of_their_own(full: RunDir) -> None:
+    m = Metrics(full, "evaluate")
+    m.log_task("base_train", "core.copa", "accuracy", 0.6, 0.05, 100, 0.5)
+    m.log_task("base_train", "core.squad", "accuracy", 0.1, 0.03, 100, 0.0)
+    m.log_task("base_train", "core", "centered_accuracy", 0.15, 0.02, 200, 0.0)
+    m.close()
+    text = markdown_of(full)
+    assert table_row(text, "CORE")[1] == "0.150 ± 0.020"
+    assert table_row(text, "copa")[1:] == ["0.600 ± 0.050", "0.50", "0.200", "100"]
+    assert "core.copa" not in text.split("## Samples")[0]
+
+
+def test_every_stage_is_planned_against_actual(full: RunDir) -> None:
+    plan = full.plan() | {"other_stages": [{"stage": "evaluate", "hours": 0.5, "why": ""}]}
+    full.plan_file.write_text(json.dumps(plan))
+    full.write_outcome(Outcome("evaluate", "done", seconds=3600.0))
+    section = markdown_of(full).split("## Plan against actual")[1]
+    assert table_row(section, "evaluate")[3:5] == ["30 min 00 s → 1 h 00 min", "$18.00 → $36.00"]
 
 
 # -- the document
