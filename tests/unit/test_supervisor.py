@@ -303,6 +303,45 @@ def test_hang_limit_follows_the_steps() -> None:
     assert hang_limit_s({"phase": "evaluate", "median_step_s": 0.1}, 2.0) > 600
 
 
+def _other_holder(run: RunDir) -> None:
+    run.lease_file.write_text(json.dumps({"id": "1", "host": "c1", "boot": "other", "pid": 7}))
+
+
+def test_a_run_that_was_taken_over_ends_before_it_writes_more(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "run")
+    taken: dict[str, bytes] = {}
+
+    def take_over() -> None:
+        for path in (run.status_file, run.ledger_file, run.lease_file):
+            path.unlink(missing_ok=True)
+        _other_holder(run)
+        taken["lease"] = run.lease_file.read_bytes()
+
+    _when_running(tmp_path, take_over)
+    code, _ = supervise({"base_train": ["ignore_stop"]})
+    assert code == 77
+    assert run.lease_file.read_bytes() == taken["lease"]
+    assert not run.ledger_file.exists()
+    assert_nothing_runs(run)
+
+
+def test_a_signal_while_waiting_for_another_holder_leaves_its_run_alone(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "run")
+    run.create()
+    _other_holder(run)
+    timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    timer.start()
+    started = time.monotonic()
+    code, _ = supervise(ALL_DONE)
+    assert (code, run.stop_request(), run.spec_file.exists()) == (75, None, False)
+    assert time.monotonic() - started < 10
+    assert json.loads(run.lease_file.read_text())["host"] == "c1"
+
+
 def _when(condition: Callable[[], bool], act: Callable[[], None]) -> None:
     def wait() -> None:
         deadline = time.monotonic() + 20
