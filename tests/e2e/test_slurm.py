@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -312,11 +313,11 @@ def test_two_nodes_have_the_losses_of_one_process(cluster: Cluster) -> None:
 
 
 @pytest.mark.long
-def test_launch_over_ssh(cluster: Cluster, tmp_path: os.PathLike[str]) -> None:
+def test_launch_over_ssh(cluster: Cluster, tmp_path: Path) -> None:
     """From this machine, which has no SLURM: sbatch runs on the login node."""
     key = os.path.join(tmp_path, "key")
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
-    public = open(f"{key}.pub").read().strip()
+    public = Path(f"{key}.pub").read_text().strip()
     cluster.check(f"mkdir -p -m 700 ~/.ssh && echo '{public}' > ~/.ssh/authorized_keys")
     login = cluster.nodes["login"]
     login.reload()
