@@ -3,6 +3,8 @@
 import json
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 from docker.models.containers import Container
 
 from infra.launch.docker import how_it_ended
-from tests.twin.engine import MOUNT, Ended, Engine, wait_until
+from tests.twin.engine import MOUNT, ROOT, Ended, Engine, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
@@ -108,6 +110,23 @@ def test_without_a_volume_it_runs_and_warns(engine: Engine, image: str) -> None:
     ended = engine.run(*TOY, *short, network_mode="none")
     assert ended.exit_code == 0, ended.output
     assert re.search(r"warning: .*lost with.*-v nanochat:/workspace", ended.output), ended.output
+
+
+@pytest.mark.long
+def test_the_smoke_run_offline_and_read_only_in_five_minutes(
+    engine: Engine, image: str, volume: str
+) -> None:
+    """As a user types it, without a command."""
+    started = time.monotonic()
+    container = engine.start(**OFFLINE, **mounted(volume))
+    progress = f"{MOUNT}/nanochat/runs/smoke/stages/data_fetch.json"
+    wait_until(lambda: bool(shown(container, progress)), START_S, "the first stage")
+    processes = container.top(ps_args="-eo uid,args")["Processes"]
+    assert {uid for uid, words in processes if "tini" not in words} == {"1000"}, processes
+    ended = engine.wait(container)
+    assert ended.exit_code == 0, ended.output
+    assert time.monotonic() - started < 300
+    assert "SFT" in engine.shell(volume, f"cat {MOUNT}/nanochat/runs/smoke/report.md")
 
 
 # -- users
@@ -229,6 +248,74 @@ def test_a_volume_that_fills_up_keeps_the_last_complete_checkpoint(
         holder.exec_run(["rm", f"{MOUNT}/filler"])
         again = engine.run(*run, **OFFLINE, **mounted(volume))
         assert again.exit_code == 0, again.output
+
+
+def test_a_volume_that_vanishes_is_told_and_where_it_is_back_the_run_goes_on(
+    engine: Engine, image: str, volume: str
+) -> None:
+    holder = engine.start("sleep", "infinity", **mounted(volume))
+    run = (*TOY, "budget.checkpoint_every_s=1.0")
+    container = engine.start(*run, **OFFLINE, **mounted(volume))
+    wait_for_step(container, "base_train", 10)
+    assert holder.exec_run(["mv", RUN, f"{MOUNT}/away"])[0] == 0
+    ended = engine.wait(container)
+    assert ended.exit_code == 77, ended.output
+    assert f"the volume of {RUN} is gone" in ended.output
+    script = f"rm -rf {RUN} && mv {MOUNT}/away {RUN} && ls {RUN}/checkpoints/base_train/latest"
+    assert engine.shell(volume, script)
+    again = engine.run(*run, **OFFLINE, **mounted(volume))
+    assert again.exit_code == 0, again.output
+
+
+# -- two at once
+
+
+def test_a_second_container_on_a_run_is_refused_and_harms_nothing(
+    engine: Engine, image: str, volume: str
+) -> None:
+    container = engine.start(*TOY, **OFFLINE, **mounted(volume))
+    wait_for_step(container, "base_train", 1)
+    second = engine.run(*TOY, **OFFLINE, **mounted(volume))
+    assert second.exit_code == 78, second.output
+    assert "is in use by pid" in second.output and "nanochat stop" in second.output
+    ended = engine.wait(container)
+    assert ended.exit_code == 0, ended.output
+
+
+# -- the launcher
+
+
+def test_launch_streams_the_log_and_ctrl_c_stops_with_a_checkpoint(
+    image: str, volume: str, request: pytest.FixtureRequest
+) -> None:
+    name = f"launch-{volume[:12]}"
+    launch = ["launch", "@configs/e2e.toml", f"name={name}", "--to", "docker"]
+    options = ["--volume", volume, "--image", image, "--no-network"]
+    command = [sys.executable, "entrypoint.py"]
+    process = subprocess.Popen(
+        [*command, *launch, *options], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    request.addfinalizer(process.kill)
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if "base_train start" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    seen += process.stderr.readlines()
+    assert process.wait(60) == 75, "".join(seen)
+    assert "stopping with a checkpoint" in "".join(seen)
+    status = subprocess.run(
+        [*command, "status", name, "--json"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert status.returncode == 75, status.stderr
+    assert json.loads(status.stdout)["exit_code"] == 75
+    again = subprocess.run(
+        [*command, *launch, *options], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert again.returncode == 0, again.stderr
+    assert "report" in again.stderr
 
 
 # -- start

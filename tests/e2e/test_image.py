@@ -1,10 +1,12 @@
 """What is in the image: labels, layers, bill of materials, nothing private, nothing twice."""
 
+import ipaddress
 import json
 import re
 import shutil
 import tarfile
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,8 +14,11 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import pytest
+import tomli_w
 
 from tests.twin.engine import ROOT, Engine, build_image
+from tests.twin.hub import Hub
+from tests.twin.published import repositories
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 
@@ -88,6 +93,12 @@ class Stream:
         return data[:size]
 
 
+def copy_of_the_checkout(folder: Path) -> Path:
+    """The files that the image is built from, to change them."""
+    ignored = shutil.ignore_patterns(".git", ".venv", "target", "build", "runs", "__pycache__")
+    return shutil.copytree(ROOT, folder / "checkout", ignore=ignored)
+
+
 @pytest.fixture(scope="module")
 def config(engine: Engine, image: str) -> dict[str, Any]:
     """`docker image inspect`."""
@@ -156,9 +167,7 @@ def test_layers_hold_nothing_private_and_nothing_twice(engine: Engine, image: st
 def test_a_change_of_code_changes_the_last_small_layer_only(
     engine: Engine, image: str, tmp_path: Path
 ) -> None:
-    ignored = shutil.ignore_patterns(".git", ".venv", "target", "build", "runs", "__pycache__")
-    checkout = tmp_path / "checkout"
-    shutil.copytree(ROOT, checkout, ignore=ignored)
+    checkout = copy_of_the_checkout(tmp_path)
     with open(checkout / "nanochat" / "spec.py", "a") as f:
         f.write("\n# changed\n")
     tag = f"{image}-changed"
@@ -177,6 +186,39 @@ def test_a_change_of_code_changes_the_last_small_layer_only(
         engine.client.images.remove(tag)
     # Engines without a native diff (fuse-overlayfs) walk the whole image for a layer.
     assert seconds < 180
+
+
+def test_baked_data_is_fetched_once_and_found_without_network(
+    engine: Engine, image: str, tmp_path: Path
+) -> None:
+    checkout = copy_of_the_checkout(tmp_path)
+    lock_file = checkout / "nanochat" / "data.lock.json"
+    lock = json.loads(lock_file.read_text())
+    # The hub on this machine has sets of its own, of which the kit's lock knows nothing.
+    lock["sources"]["gsm8k"].update(revision=None, files={})
+    lock_file.write_text(json.dumps(lock))
+    toy = tomllib.loads((ROOT / "configs" / "e2e.toml").read_text())
+    toy["evaluate"]["tasks"] = ["gsm8k"]
+    (checkout / "configs" / "mirror.toml").write_text(tomli_w.dumps(toy))
+    subnet = engine.client.networks.get("bridge").attrs["IPAM"]["Config"][0]["Subnet"]
+    # The host is the first address; engines before 23 do not name it as the gateway.
+    bridge = str(next(ipaddress.ip_network(subnet).hosts()))
+    tag = f"{image}-mirror"
+    with Hub(address=bridge, store_name=bridge) as hub:
+        hub.repositories.update(repositories())
+        arguments = ("--build-arg=DATA=mirror", f"--build-arg=HF_ENDPOINT={hub.url}")
+        build_image(tag, *arguments, folder=checkout)
+        assert hub.requests
+    try:
+        check = ("fetch", "@configs/mirror.toml", "--check")
+        ended = engine.run(*check, image=tag, network_mode="none", read_only=True, user="4711")
+        assert ended.exit_code == 0, ended.output
+        kept = engine.run("bash", "-c", "find /opt/nanochat/data -perm /222 ! -type l", image=tag)
+        assert kept.output == ""
+        locked = engine.run("bash", "-c", "cat /opt/nanochat/data/gsm8k/data.lock.json", image=tag)
+        assert re.search(r'"sha256": "[0-9a-f]{64}"', locked.output)
+    finally:
+        engine.client.images.remove(tag)
 
 
 @pytest.mark.long

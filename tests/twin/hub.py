@@ -58,9 +58,13 @@ class Hub:
     requests: list[Request] = field(default_factory=list)
     token: str | None = None
     """Asked for where it is set."""
+    address: str = "127.0.0.1"
+    """Where it listens; a Docker bridge's address is reached from containers."""
+    store_name: str = "localhost"
+    """Name of the same server in redirects."""
 
     def __enter__(self) -> "Hub":
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = ThreadingHTTPServer((self.address, 0), _handler(self))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
@@ -73,12 +77,12 @@ class Hub:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return f"http://{self.address}:{self._server.server_port}"
 
     @property
     def store_url(self) -> str:
         """The same server under another name, as a store of its own."""
-        return f"http://localhost:{self._server.server_port}"
+        return f"http://{self.store_name}:{self._server.server_port}"
 
     def num_requests(self, path: str) -> int:
         """GETs of a file's bytes."""
