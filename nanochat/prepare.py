@@ -5,6 +5,7 @@ former process of this run found out on this kind of device (a batch that did no
 """
 
 import contextlib
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -124,6 +125,8 @@ def prepare(run: RunDir, stage: str, weights_from: str | None = None) -> Prepare
     dist = distributed.init(distributed.pick_device(spec.runtime.device))
     distributed.seed_rank(spec.seed, dist.rank)
     if spec.runtime.deterministic:
+        # cuBLAS is deterministic with a workspace of its own (CUDA's documentation of cuBLAS)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     settings: TrainStage | ChatRl = getattr(spec, stage)
     dtype = compute_dtype(spec.runtime.dtype, dist.device)
