@@ -58,6 +58,7 @@ class Switch:
         self._life_seen = self._born
         self._asked: float | None = None
         self._pod: Pod | None = None
+        self._highest_usd_per_hour = 0.0
         self._pod_seen = self._born
 
     def reason_to_end(self) -> str | None:
@@ -114,7 +115,7 @@ class Switch:
         if self.born is not None:
             lived_s = max(lived_s, time.time() - self.born)
         lived_s += LOOK_EVERY_S
-        return lived_s / 3600.0 * self._pod.usd_per_hour >= self.max_usd
+        return lived_s / 3600.0 * self._highest_usd_per_hour >= self.max_usd
 
     def _over_budget(self, run: RunDir) -> bool:
         """Whether the money of the ledger is used up by the next look, this pod still billed."""
@@ -140,6 +141,7 @@ class Switch:
         with contextlib.suppress(ProviderError):
             if pod := self.api.pod(self.pod_id):
                 self._pod, self._pod_seen = pod, now
+                self._highest_usd_per_hour = max(self._highest_usd_per_hour, pod.usd_per_hour)
 
 
 def watch(switch: Switch, say: Callable[[str], None]) -> None:

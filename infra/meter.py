@@ -29,12 +29,9 @@ class Meter:
     the quoted one does not lower it.
     """
 
-    def __init__(
-        self, quoted: Price, ask: Callable[[], Pod | None], clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, quoted: Price, ask: Callable[[], Pod | None]) -> None:
         self._quoted = quoted
         self._ask = ask
-        self._clock = clock
         self._price = quoted
 
     def __call__(self) -> Price:
@@ -51,7 +48,7 @@ class Meter:
             return
         price = self._price
         if price.billed_from is None and pod.uptime_s > 0.0:
-            price = replace(price, billed_from=self._clock() - pod.uptime_s)
+            price = replace(price, billed_from=time.time() - pod.uptime_s)
         billed = pod.usd_per_hour
         if billed > self._quoted.usd_per_hour:
             price = replace(price, usd_per_hour=billed, source="billed by the provider")

@@ -18,7 +18,7 @@ from typing import Any
 from infra.deadman import RETRY_S
 from infra.privileges import image_home
 from infra.processes import python_path
-from infra.runpod_api import ProviderError, connect, this_pod
+from infra.runpod_api import ProviderError, RunPodApi, connect, this_pod
 from nanochat.rundir import EXIT_DONE, EXIT_UNFIT_NODE, atomic_write_json
 
 STATE_FILE = Path("/tmp/nanochat-pod.json")
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     deadline = time.monotonic() + LINGER_S
     while time.monotonic() < deadline and not SEEN_FILE.exists():
         time.sleep(0.2)
-    end_pod()
+    end_pod(this_pod(), connect())
     return exit_code
 
 
@@ -91,9 +91,8 @@ def run(argv: list[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def end_pod() -> None:
+def end_pod(pod_id: str | None, api: RunPodApi | None) -> None:
     """Ask for the end of this pod until there is none; returns only where there is no key."""
-    pod_id, api = this_pod(), connect()
     if pod_id is None or api is None:
         sys.stderr.write("no RUNPOD_API_KEY: this pod cannot end itself; end it in the console\n")
         return

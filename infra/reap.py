@@ -16,6 +16,8 @@ from infra.runpod_api import Pod, ProviderError
 from nanochat.rundir import append_jsonl, nanochat_home, read_jsonl
 
 NAME_PREFIX = "nanochat-"
+GONE_S = 3600.0
+"""A pod that vanished unseen counts as alive until that was noticed, or for this time at most."""
 BOOT_S = 1200.0
 """A pod that after this time has no address will not come up: image pulls take minutes."""
 ATTEMPTS = 4
@@ -59,26 +61,56 @@ def note_launch(event: str, run: str, pod: str, file: Path | None = None, **fact
 
 def spent_before(run: str, file: Path | None = None) -> float:
     """Dollars that earlier pods of a run have cost as far as this machine has seen."""
-    born: dict[str, dict[str, Any]] = {}
-    usd: dict[str, float] = {}
-    for r in read_jsonl(file or launches_file()):
-        if r.get("run") != run:
-            continue
-        pod = str(r.get("pod"))
-        if r["event"] == "made":
-            born[pod] = r
-        elif pod in born:
-            hours = max(0.0, r["time"] - born[pod]["time"]) / 3600.0
-            price = max(float(born[pod]["usd_per_hour"]), float(r.get("usd_per_hour") or 0.0))
-            usd[pod] = max(usd.get(pod, 0.0), hours * price)
-    return sum(usd.values())
+    now = time.time()
+    usd = 0.0
+    for life in _lives(read_jsonl(file or launches_file())).values():
+        if life.run == run:
+            last = life.last if life.is_over else min(now, life.last + GONE_S)
+            usd += (last - life.born) / 3600.0 * life.usd_per_hour
+    return usd
 
 
-def cost_of(pod: Pod, now: float) -> float:
-    """Dollars a pod has cost at its present price, from the label's birth or what is billed."""
+@dataclass
+class Life:
+    """What this machine has seen of one pod; the price is the highest that was seen."""
+
+    run: str
+    born: float
+    last: float
+    usd_per_hour: float
+    max_usd: float | None
+    is_over: bool = False
+
+
+def _lives(records: Iterable[dict[str, Any]]) -> dict[str, Life]:
+    lives: dict[str, Life] = {}
+    for r in records:
+        pod, price = str(r.get("pod")), float(r.get("usd_per_hour") or 0.0)
+        life = lives.setdefault(
+            pod,
+            Life(str(r.get("run")), r.get("born") or r["time"], r["time"], price, r.get("max_usd")),
+        )
+        if not life.is_over:
+            life.last = max(life.last, r["time"])
+        life.usd_per_hour = max(life.usd_per_hour, price)
+        life.is_over = life.is_over or r.get("event") in ("ended", "gone")
+    return lives
+
+
+def cost_of(pod: Pod, now: float, highest_usd_per_hour: float = 0.0) -> float:
+    """Dollars that a pod has cost at most: its age by its label, or what is billed, at the highest
+    price that was seen."""
     born = _number(pod.labels.get("born"))
     lived_s = pod.uptime_s if born is None else max(pod.uptime_s, now - born)
-    return lived_s / 3600.0 * pod.usd_per_hour
+    return lived_s / 3600.0 * max(pod.usd_per_hour, highest_usd_per_hour)
+
+
+def note_gone(pods: Iterable[Pod], file: Path | None = None) -> None:
+    """Remember that pods have vanished, so that their cost no longer grows."""
+    there = {pod.id for pod in pods}
+    for pod, life in _lives(read_jsonl(file or launches_file())).items():
+        if not life.is_over and pod not in there:
+            note_launch("gone", life.run, pod, file)
 
 
 def reap(
@@ -91,22 +123,29 @@ def reap(
 
     Raises ProviderError where the provider does not even list them.
     """
-    remembered = {str(r.get("pod")): r for r in read_jsonl(file or launches_file())}
+    remembered = _lives(read_jsonl(file or launches_file()))
     rows = []
-    for pod in api.pods():
+    pods = api.pods()
+    note_gone(pods, file)
+    for pod in pods:
         if not (pod.labels or pod.name.startswith(NAME_PREFIX) or pod.id in remembered):
             continue
-        made = remembered.get(pod.id, {})
-        run = pod.labels.get("run") or str(made.get("run") or pod.name)
-        max_usd = _number(pod.labels.get("max_usd"), made.get("max_usd"))
+        life = remembered.get(pod.id)
+        run = pod.labels.get("run") or (life.run if life else pod.name)
+        max_usd = _number(pod.labels.get("max_usd"), life.max_usd if life else None)
         now = time.time()
-        usd = cost_of(pod, now)
+        usd = cost_of(pod, now, life.usd_per_hour if life else 0.0)
         reason = why_end(pod, usd, max_usd, now)
         action, message = "kept", "within its budget" if max_usd else "has no budget that is known"
         if reason is not None:
             action, message = ("would end", reason) if dry_run else _end(api, pod, reason, sleep)
-        if action == "ended":
-            note_launch("ended", run, pod.id, file, usd_per_hour=pod.usd_per_hour)
+        note_launch(
+            "ended" if action == "ended" else "seen",
+            run,
+            pod.id,
+            file,
+            usd_per_hour=pod.usd_per_hour,
+        )
         rows.append(Row(pod.id, run, pod.status, round(usd, 4), max_usd, action, message))
     return rows
 

@@ -259,7 +259,9 @@ class Launcher:
 
     def refuse_second(self, name: str) -> None:
         """Raises LaunchError while a pod of that run exists: two would write one directory."""
-        if pod := find_pod(self.api, name):
+        pods = pods_or_explain(self.api)
+        reap.note_gone(pods)
+        if pod := pod_of(pods, name):
             raise LaunchError(
                 f"{name} has pod {pod.id} already ({pod.status}); nanochat status {name} looks, "
                 f"nanochat stop {name} ends it"
@@ -285,6 +287,7 @@ class Launcher:
             job.name,
             pod_id,
             usd_per_hour=rung.usd_per_hour,
+            born=born,
             max_usd=pod_usd(job, usd_before),
         )
         return pod_id
@@ -430,10 +433,19 @@ def connect_or_explain() -> RunPodApi:
 
 def find_pod(api: RunPodApi, run_name: str) -> Pod | None:
     """The pod of a run, also one that is stopped. Raises LaunchError without an answer."""
+    return pod_of(pods_or_explain(api), run_name)
+
+
+def pods_or_explain(api: RunPodApi) -> list[Pod]:
+    """Every pod of the account. Raises LaunchError without an answer."""
     try:
-        pods = api.pods()
+        return api.pods()
     except ProviderError as e:
         raise LaunchError(str(e), EXIT_UNFIT_NODE) from None
+
+
+def pod_of(pods: Sequence[Pod], run_name: str) -> Pod | None:
+    """The pod of a run by its label or name."""
     names = (f"{reap.NAME_PREFIX}{run_name}",)
     return next((p for p in pods if p.labels.get("run") == run_name or p.name in names), None)
 
