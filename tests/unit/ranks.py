@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -43,3 +44,38 @@ def _run(
     torch.set_num_threads(1)
     with distributed.joined("cpu") as dist:
         return pickle.dumps(function(dist, *args))
+
+
+def exit_codes(world_size: int, function: Callable[..., Any], *args: Any) -> list[int | None]:
+    """function(dist, *args) on every rank, each of which may be killed; their exit codes.
+
+    function is a module's own, importable by name. The ranks end without the interpreter's
+    clean-up, since the peers of a killed one hang in it.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [
+        _context.Process(target=_run_and_exit, args=(rank, world_size, port, function, args))
+        for rank in range(world_size)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(timeout=300)
+    for rank in ranks:
+        if rank.exitcode is None:
+            rank.kill()
+            rank.join()
+    return [rank.exitcode for rank in ranks]
+
+
+def _run_and_exit(
+    rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    try:
+        _run(rank, world_size, port, function, args)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
