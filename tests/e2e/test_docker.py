@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from docker.models.containers import Container
 
 from infra.launch.docker import how_it_ended
@@ -18,14 +21,21 @@ from tests.twin.engine import MOUNT, ROOT, Ended, Engine, wait_until
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 TOY = ("run", "@configs/e2e.toml")
+SHORT = ("run", "@/short.toml")
+"""The toy run without what comes between base training and report: half of its time."""
+LONGER = "base_train.num_steps=300"
+"""So that it is still training when something has happened to it."""
 RUN = f"{MOUNT}/nanochat/runs/e2e"
 OFFLINE = {"network_mode": "none", "read_only": True}
 START_S = 240.0
 """Until a stage's first step on two cores that others use too."""
 
 
-def mounted(volume: str, mode: str = "rw") -> dict[str, Any]:
-    return {"volumes": {volume: {"bind": MOUNT, "mode": mode}}}
+def mounted(volume: str, mode: str = "rw", short: Path | None = None) -> dict[str, Any]:
+    volumes = {volume: {"bind": MOUNT, "mode": mode}}
+    if short is not None:
+        volumes[str(short)] = {"bind": SHORT[1][1:], "mode": "ro"}
+    return {"volumes": volumes}
 
 
 def shown(container: Container, path: str) -> str:
@@ -59,6 +69,18 @@ def weights(engine: Engine, volume: str) -> list[str]:
     lines = engine.shell(volume, script).splitlines()
     assert len(lines) >= 3, lines
     return lines
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Config of SHORT on this machine."""
+    spec = tomllib.loads((ROOT / "configs" / "e2e.toml").read_text())
+    for stage in ("mid_train", "chat_sft", "chat_rl", "evaluate"):
+        del spec[stage]
+    path = tmp_path_factory.mktemp("short") / "short.toml"
+    path.write_text(tomli_w.dumps(spec))
+    path.chmod(0o644)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +120,22 @@ def test_another_user_of_the_group_goes_on_with_it(
     assert "base_train starts" not in again.output
 
 
-def test_any_user_runs_it_all(engine: Engine, image: str, volume: str) -> None:
-    ended = engine.run(*TOY, user="12345:0", **OFFLINE, **mounted(volume))
+@pytest.mark.parametrize(
+    "is_whole", [False, pytest.param(True, marks=pytest.mark.long)], ids=["short", "whole"]
+)
+def test_any_user_runs_it(
+    engine: Engine, image: str, volume: str, short: Path, is_whole: bool
+) -> None:
+    words = TOY if is_whole else SHORT
+    ended = engine.run(*words, user="12345:0", **OFFLINE, **mounted(volume, short=short))
     assert ended.exit_code == 0, ended.output
     owners = engine.shell(volume, f"find {MOUNT}/nanochat -printf '%U\\n' | sort -u")
     assert owners.split() == ["12345"]
 
 
-def test_without_a_volume_it_runs_and_warns(engine: Engine, image: str) -> None:
-    short = ["base_train.num_steps=2", "mid_train.num_steps=2", "chat_sft.num_steps=2"]
-    ended = engine.run(*TOY, *short, network_mode="none")
+def test_without_a_volume_it_runs_and_warns(engine: Engine, image: str, short: Path) -> None:
+    config = {str(short): {"bind": SHORT[1][1:], "mode": "ro"}}
+    ended = engine.run(*SHORT, "base_train.num_steps=2", network_mode="none", volumes=config)
     assert ended.exit_code == 0, ended.output
     assert re.search(r"warning: .*lost with.*-v nanochat:/workspace", ended.output), ended.output
 
@@ -233,29 +261,29 @@ def test_a_read_only_volume_is_refused_with_the_fix(
 
 
 def test_a_volume_that_fills_up_keeps_the_last_complete_checkpoint(
-    engine: Engine, image: str
+    engine: Engine, image: str, short: Path
 ) -> None:
     small = {"type": "tmpfs", "device": "tmpfs", "o": "size=64m"}
     with engine.volume(driver="local", driver_opts=small) as volume:
         holder = engine.start("sleep", "infinity", **mounted(volume))
-        run = (*TOY, "checkpoint.free_floor_gib=0.0", "budget.checkpoint_every_s=1.0")
-        container = engine.start(*run, **OFFLINE, **mounted(volume))
+        run = (*SHORT, "checkpoint.free_floor_gib=0.0", "budget.checkpoint_every_s=1.0", LONGER)
+        container = engine.start(*run, **OFFLINE, **mounted(volume, short=short))
         wait_for_step(container, "base_train", 10)
         holder.exec_run(["bash", "-c", f"head -c 64M /dev/zero > {MOUNT}/filler"])
         ended = engine.wait(container)
         assert ended.exit_code == 78, ended.output
         assert "is full; the last complete checkpoint is kept" in ended.output
         holder.exec_run(["rm", f"{MOUNT}/filler"])
-        again = engine.run(*run, **OFFLINE, **mounted(volume))
+        again = engine.run(*run, **OFFLINE, **mounted(volume, short=short))
         assert again.exit_code == 0, again.output
 
 
 def test_a_volume_that_vanishes_is_told_and_where_it_is_back_the_run_goes_on(
-    engine: Engine, image: str, volume: str
+    engine: Engine, image: str, volume: str, short: Path
 ) -> None:
     holder = engine.start("sleep", "infinity", **mounted(volume))
-    run = (*TOY, "budget.checkpoint_every_s=1.0")
-    container = engine.start(*run, **OFFLINE, **mounted(volume))
+    run = (*SHORT, "budget.checkpoint_every_s=1.0", LONGER)
+    container = engine.start(*run, **OFFLINE, **mounted(volume, short=short))
     wait_for_step(container, "base_train", 10)
     assert holder.exec_run(["mv", RUN, f"{MOUNT}/away"])[0] == 0
     ended = engine.wait(container)
@@ -263,7 +291,7 @@ def test_a_volume_that_vanishes_is_told_and_where_it_is_back_the_run_goes_on(
     assert f"the volume of {RUN} is gone" in ended.output
     script = f"rm -rf {RUN} && mv {MOUNT}/away {RUN} && ls {RUN}/checkpoints/base_train/latest"
     assert engine.shell(volume, script)
-    again = engine.run(*run, **OFFLINE, **mounted(volume))
+    again = engine.run(*run, **OFFLINE, **mounted(volume, short=short))
     assert again.exit_code == 0, again.output
 
 
@@ -271,25 +299,26 @@ def test_a_volume_that_vanishes_is_told_and_where_it_is_back_the_run_goes_on(
 
 
 def test_a_second_container_on_a_run_is_refused_and_harms_nothing(
-    engine: Engine, image: str, volume: str
+    engine: Engine, image: str, volume: str, short: Path
 ) -> None:
-    container = engine.start(*TOY, **OFFLINE, **mounted(volume))
+    endless = (*SHORT, "base_train.num_steps=1000000")
+    container = engine.start(*endless, **OFFLINE, **mounted(volume, short=short))
     wait_for_step(container, "base_train", 1)
-    second = engine.run(*TOY, **OFFLINE, **mounted(volume))
+    second = engine.run(*endless, **OFFLINE, **mounted(volume, short=short))
     assert second.exit_code == 78, second.output
     assert "is in use by pid" in second.output and "nanochat stop" in second.output
-    ended = engine.wait(container)
-    assert ended.exit_code == 0, ended.output
+    container.stop()
+    assert engine.wait(container).exit_code == 75
 
 
 # -- the launcher
 
 
 def test_launch_streams_the_log_and_ctrl_c_stops_with_a_checkpoint(
-    image: str, volume: str, request: pytest.FixtureRequest
+    image: str, volume: str, short: Path, request: pytest.FixtureRequest
 ) -> None:
     name = f"launch-{volume[:12]}"
-    launch = ["launch", "@configs/e2e.toml", f"name={name}", "--to", "docker"]
+    launch = ["launch", f"@{short}", f'name="{name}"', "--to", "docker"]
     options = ["--volume", volume, "--image", image, "--no-network"]
     command = [sys.executable, "entrypoint.py"]
     process = subprocess.Popen(
