@@ -15,6 +15,8 @@ mkdir -p "$(dirname "$sif")"
 work=$(mktemp -d "$(dirname "$sif")/.sif.XXXXXX")
 trap 'chmod -R u+w "$work"; rm -rf "$work"' EXIT
 export APPTAINER_TMPDIR="$work" APPTAINER_CACHEDIR="$work/cache" TMPDIR="$work"
+# One copy of the layers less; nothing would use them again.
+export APPTAINER_DISABLE_CACHE=true
 case "$source" in
   docker://*) bootstrap=docker from=${source#docker://} ;;
   *.tar) bootstrap=docker-archive from=$source ;;

@@ -213,10 +213,10 @@ def shell(tmp_path: Path) -> Shell:
         # what it is told to end with, perhaps only when it is told to stop
         "apptainer": "[ -z \"${WAIT:-}\" ] || { trap 'exit 75' TERM; touch $READY; "
         'for i in $(seq 300); do sleep 0.1; done; }\nexit "${CODE:-0}"\n',
-        "scontrol": 'case "$1" in requeue) exit "${NO_REQUEUE:-0}" ;; '
+        # like SLURM, it ends the shell that asks, and whatever that has started
+        "scontrol": 'case "$1" in requeue) kill -TERM $PPID; kill -TERM $$; exit "${NO_REQUEUE:-0}" ;; '
         'show) echo "JobState=${STATE:-RUNNING}" ;; esac\n',
         "sbatch": "echo 1001\n",
-        "sleep": '[ "$1" = 120 ] || exec /bin/sleep "$@"\n',
     }
     for name, body in stand_ins.items():
         (tools / name).write_text(note + body)

@@ -167,7 +167,7 @@ class Cluster:
         code, output = self.nodes[node].exec_run(
             ["bash", "-lc", script],
             user=user,
-            environment={"USER": user, "NANOCHAT_HOME": HOME},
+            environment={"USER": user, "NANOCHAT_HOME": HOME, **_own_binds()},
             workdir="/" if user == "root" else f"/home/{user}",
         )
         return Said(code, output.decode(errors="replace"))
@@ -260,6 +260,13 @@ class Cluster:
 
     def _name(self, what: str) -> str:
         return f"nanochat-{self.session}-{what}"
+
+
+def _own_binds() -> dict[str, str]:
+    """APPTAINER_BIND of the tests, also for jobs: a changed module without a new SIF, with
+    /opt/kit/infra:/opt/nanochat/app/infra."""
+    binds = os.environ.get("APPTAINER_BIND")
+    return {"APPTAINER_BIND": binds} if binds else {}
 
 
 def _clients() -> list[str]:
