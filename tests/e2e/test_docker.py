@@ -27,7 +27,7 @@ LONGER = "base_train.num_steps=300"
 """So that it is still training when something has happened to it."""
 RUN = f"{MOUNT}/nanochat/runs/e2e"
 OFFLINE = {"network_mode": "none", "read_only": True}
-START_S = 240.0
+START_S = 600.0
 """Until a stage's first step on two cores that others use too."""
 
 

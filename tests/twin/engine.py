@@ -23,7 +23,7 @@ from tests.twin.baseimage import ensure_base_image
 ROOT = Path(__file__).resolve().parents[2]
 LABEL = "nanochat.twin"
 BUILD_TIMEOUT_S = 3600.0
-RUN_TIMEOUT_S = 600.0
+RUN_TIMEOUT_S = 1200.0
 MOUNT = "/workspace"
 
 
