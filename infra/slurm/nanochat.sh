@@ -32,7 +32,7 @@ nanochat() {
   for place in HF_ENDPOINT https_proxy http_proxy no_proxy SSL_CERT_FILE; do
     [ -z "${!place:-}" ] || options+=(--env "$place=${!place}")
   done
-  "$apptainer" exec "${options[@]}" --pwd "$PWD" "$sif" nanochat "$@"
+  "$apptainer" --quiet exec "${options[@]}" --pwd "$PWD" "$sif" nanochat "$@"
 }
 
 words=" $* "

@@ -246,7 +246,7 @@ def test_the_container_sees_scratch_and_nothing_else(shell: Shell) -> None:
     shell.run(WANDB_API_KEY="secret")
     (call,) = [c for c in shell.calls() if c.startswith("apptainer")]
     scratch = shell.folder / "scratch"
-    assert "exec --containall --no-home" in call
+    assert "apptainer --quiet exec --containall --no-home" in call
     assert call.count("--bind") == 1 and f"--bind {scratch} " in call
     assert "NANOCHAT_OFFLINE=1" in call and "secret" not in call
     assert f"nanochat run @{scratch}/nanochat/toy.1000.toml" in call
