@@ -3,6 +3,7 @@ VERSION := 0.1.0
 IMAGE   := nanochat:$(VERSION)
 PYTHON  ?= python3
 VENV    := .venv
+CLOUD   := .venv-cloud
 PY      := $(VENV)/bin/python
 RUST    := $(shell find rustbpe -name '*.rs' -not -path '*/target/*' 2>/dev/null) rustbpe/Cargo.toml rustbpe/Cargo.lock rustbpe/pyproject.toml
 RUN     ?= runs/smoke
@@ -36,13 +37,21 @@ $(VENV)/.ready: $(VENV)/.packages pyproject.toml $(RUST)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
+cloud-venv: $(CLOUD)/.ready  ## SkyPilot in .venv-cloud, an environment of its own
+
+$(CLOUD)/.ready: requirements-cloud.lock pyproject.toml $(VENV)/.packages
+	@$(PYTHON) -m venv $(CLOUD)
+	$(VENV)/bin/uv pip install --quiet --python $(CLOUD)/bin/python --require-hashes -r requirements-cloud.lock
+	$(VENV)/bin/uv pip install --quiet --python $(CLOUD)/bin/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
 smoke: setup  ## every stage at toy size on this CPU, then the report (about 4 minutes)
 	NANOCHAT_OFFLINE=1 $(PY) entrypoint.py run @configs/smoke.toml --run-dir $(RUN)
 	@echo
 	@echo "Report:  $(RUN)/report.md and $(RUN)/report.html"
 	@echo "Talk:    $(VENV)/bin/nanochat chat $(RUN)"
 
-test: setup  ## unit tests and the toy run; no engine needed (under 3 minutes)
+test: setup $(if $(CI),cloud-venv)  ## unit tests and the toy run; no engine needed (under 3 minutes)
 	$(PY) -m pytest tests/unit -m "not long"
 
 lint: setup  ## ruff, mypy, import contracts, cargo fmt, clippy and tests
@@ -90,10 +99,10 @@ sbom: image  ## the image's bill of materials, build/sbom.cdx.json (CycloneDX)
 bench: setup  ## every benchmark; prints JSON with the ratio to a named peer
 	for script in bench/*.py; do $(PY) $$script; done
 
-e2e: setup  ## real Docker, SLURM, cloud twin and browser, in short form
+e2e: setup cloud-venv  ## real Docker, SLURM, cloud twin and browser, in short form
 	$(PY) -m pytest tests/e2e -m "not long"
 
-e2e-long: setup  ## the full counts of the proofs
+e2e-long: setup cloud-venv  ## the full counts of the proofs
 	$(PY) -m pytest tests/e2e
 	$(PY) -m pytest tests/unit -m long
 
@@ -101,9 +110,10 @@ lock:  ## resolve the dependencies again into the lock files
 	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
 	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --extra dev --constraint requirements.lock --output-file requirements-dev.lock pyproject.toml
 	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --constraint infra/image/cuda12.in --output-file requirements-cuda12.lock pyproject.toml
+	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --output-file requirements-cloud.lock requirements-cloud.in
 	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --output-file infra/image/tools.lock infra/image/tools.in
 	$(VENV)/bin/uv pip compile --quiet --python-platform x86_64-manylinux_2_28 --no-emit-package skypilot --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --output-file infra/image/skypilot-runtime.lock infra/image/skypilot-runtime.in
 	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --constraint requirements-dev.lock --output-file tests/oracle/requirements.lock tests/oracle/requirements.in
 
 clean:  ## remove what the targets made, except runs
-	rm -rf $(VENV) build rustbpe/target .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(CLOUD) build rustbpe/target .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
