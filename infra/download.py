@@ -92,8 +92,12 @@ class Downloader:
         self._cancelled.set()
 
     def size_of(self, url: str) -> int | None:
-        """Bytes of a file as the server states them, without fetching it."""
-        response = self._client.head(url, headers={"Accept-Encoding": "identity"})
+        """Bytes of a file as the server states them; None where it does not, or does not answer
+        (the fetch that follows tries again, and says so)."""
+        try:
+            response = self._client.head(url, headers={"Accept-Encoding": "identity"})
+        except httpx.TransportError:
+            return None
         length = response.headers.get("Content-Length", "")
         return int(length) if response.is_success and length.isdigit() else None
 

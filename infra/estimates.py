@@ -12,7 +12,7 @@ from infra.hardware import GIB, Offer, cores_here
 from infra.memory import Layout
 from infra.throughput import decode_s, forward_s
 from nanochat.scaling import GPTConfig, checkpoint_bytes
-from nanochat.spec import WEIGHT_STAGES, Data, RunSpec, TrainStage
+from nanochat.spec import Data, RunSpec, TrainStage
 from nanochat.touches import package_lock, touched_files
 
 BOOT_S = 600.0
@@ -31,7 +31,13 @@ COMPILE_S = {False: 90.0, True: 60.0}
 START_S = 12.0
 """Imports, process group, loading of a stage."""
 REPORT_S = 20.0
+ROLLOUTS_AT_ONCE = 64
+"""chat_rl.MOST_AT_ONCE: replies that a rank writes at a time."""
 PROMPT_TOKENS = 128
+CORE_TASKS, CORE_TOKENS = 22, 800
+"""CORE: ten solved examples in front of most questions, read once, and every choice."""
+CHOICE_TASKS = ("arc_easy", "arc_challenge", "kinds", "mmlu")
+"""Answered by the first token behind the prompt."""
 VOLUME_BYTES_PER_S = {False: 0.3e9, True: 0.5e9}
 """Writing of a checkpoint: network volume, local disk. Keys: whether it is a CPU."""
 COPY_BYTES_PER_S = {False: 10e9, True: 3e9}
@@ -144,23 +150,32 @@ def evaluate_s(spec: RunSpec, c: GPTConfig, layout: Layout, offer: Offer) -> flo
     settings = spec.evaluate
     if settings is None:
         return 0.0
-    weights = sum(getattr(spec, stage) is not None for stage in WEIGHT_STAGES)
-    examples = weights * len(settings.tasks) * settings.max_examples
-    prompts_s = forward_s(c, layout, offer, examples * PROMPT_TOKENS)
-    batches = math.ceil(examples / settings.batch_size / layout.world_size)
+    prompt_tokens = batches = 0.0
+    for task in settings.tasks:
+        examples = len(spec.scored_stages(task)) * settings.max_examples
+        if task == "core":
+            prompt_tokens += CORE_TASKS * examples * CORE_TOKENS
+            continue
+        prompt_tokens += examples * PROMPT_TOKENS
+        if task not in CHOICE_TASKS:
+            batches += math.ceil(examples / settings.batch_size / layout.world_size)
+    prompts_s = forward_s(c, layout, offer, prompt_tokens)
     return START_S + prompts_s + batches * settings.max_tokens * decode_s(c, offer)
 
 
 def chat_rl_s(spec: RunSpec, c: GPTConfig, layout: Layout, offer: Offer) -> float:
-    """Rollouts of every prompt at a time, then one step on all their tokens."""
+    """Rollouts, then one step on all their tokens; now and then a look at the held-out reward."""
     settings = spec.chat_rl
     if settings is None:
         return 0.0
     rollouts = settings.prompts_per_step * settings.samples_per_prompt
-    prompts = math.ceil(settings.prompts_per_step / layout.world_size)
-    generate_s = prompts * settings.max_tokens * decode_s(c, offer)
+    rounds = math.ceil(rollouts / layout.world_size / ROLLOUTS_AT_ONCE)
+    generate_s = rounds * settings.max_tokens * decode_s(c, offer)
     learn_s = 3 * forward_s(c, layout, offer, rollouts * (settings.max_tokens + PROMPT_TOKENS))
-    return START_S + settings.num_steps * (generate_s + learn_s)
+    looks = settings.num_steps // settings.eval_every_steps + 2
+    look_rounds = math.ceil(settings.eval_examples / layout.world_size / ROLLOUTS_AT_ONCE)
+    looks_s = looks * look_rounds * settings.max_tokens * decode_s(c, offer)
+    return START_S + settings.num_steps * (generate_s + learn_s) + looks_s
 
 
 @dataclass(frozen=True)

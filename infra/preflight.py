@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from infra import hardware, nodes
 from infra.hardware import GIB
+from nanochat import sandbox
 from nanochat.rundir import EXIT_DONE, EXIT_SPEC, EXIT_UNFIT_NODE, RunDir, nanochat_home
 from nanochat.spec import RunSpec
 from nanochat.touches import missing_files, roots_text
@@ -61,6 +62,7 @@ def preflight(spec: RunSpec, plan: "Plan", run_dir: RunDir) -> list[Problem]:
         *_shared_memory(spec, plan),
         *_clock(),
         *_data(spec, run_dir),
+        *_sandbox(spec),
         *_volume(spec, plan, run_dir),
     ]
     return [
@@ -89,6 +91,7 @@ def doctor(spec: RunSpec | None) -> list[Fact]:
         *_compiler(spec),
         *_shared_memory(spec, plan),
         *_data(spec, run_dir),
+        *_sandbox(spec),
         *_volume(spec, plan, run_dir),
     ]
 
@@ -277,6 +280,18 @@ def _data(spec: RunSpec, run_dir: RunDir) -> list[Fact]:
         text = f"{stage} needs {shown}: not there, or not whole {places}".rstrip()
         facts.append(Fact("data", text, "bad", fix, EXIT_SPEC))
     return facts or [Fact("data", "all that the stages read is here", "ok")]
+
+
+def _sandbox(spec: RunSpec) -> list[Fact]:
+    """HumanEval is refused where programs cannot be locked in: now, and not after the training."""
+    if spec.evaluate is None or "humaneval" not in spec.evaluate.tasks:
+        return []
+    problem = sandbox.problem()
+    if problem is None:
+        return [Fact("sandbox", "programs that a model wrote can be locked in", "ok")]
+    rest = ", ".join(f'"{task}"' for task in spec.evaluate.tasks if task != "humaneval")
+    text = f"evaluate needs one for humaneval, and {problem}"
+    return [Fact("sandbox", text, "bad", f"leave it out: 'evaluate.tasks=[{rest}]'", EXIT_SPEC)]
 
 
 def free_gib(run_dir: RunDir) -> float:

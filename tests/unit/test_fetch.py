@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -305,6 +306,21 @@ def test_offline_is_respected(twin: Hub, tmp_path: Path, monkeypatch: pytest.Mon
     assert twin.requests == []
 
 
+def test_a_server_that_is_not_there_is_named_and_the_rest_is_fetched(
+    twin: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "MAX_STALLED_ATTEMPTS", 2)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        gone = f"http://127.0.0.1:{closed.getsockname()[1]}/eval_bundle.zip"
+    lock = unknown_lock(twin)
+    lock["core"]["files"]["eval_bundle.zip"]["url"] = gone
+    spec = spec_of(data={"source": "fineweb_edu"}, evaluate={"tasks": ["core", "gsm8k"]})
+    result = bring(twin, spec, tmp_path, lock=lock)
+    (problem,) = result.problems
+    assert gone in problem and "run the same command" in problem
+    assert result.exit_code == 75 and (tmp_path / GSM8K_TEST).exists()
+
+
 def test_a_folder_that_cannot_be_written(twin: Hub, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SpecError, match="cannot be written .*--to DIR"):
@@ -359,7 +375,7 @@ def test_preflight_names_every_single_missing_file(
 
 def test_the_verb_fetches_checks_and_names_what_fails(twin: Hub, tmp_path: Path) -> None:
     def run(*extra: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "entrypoint.py", "fetch", "@configs/cpu_tiny.toml"]
+        command = [sys.executable, "entrypoint.py", "fetch", "@configs/e2e.toml"]
         return subprocess.run(
             [*command, 'data.source="fineweb_edu"', "data.num_shards=2", *extra],
             cwd=ROOT,

@@ -9,6 +9,7 @@ import pytest
 from infra import hardware, preflight
 from infra.hardware import GpuHere
 from infra.planner import Plan, make_plan
+from nanochat import sandbox
 from nanochat.rundir import EXIT_SPEC, EXIT_UNFIT_NODE, Outcome, RunDir
 from nanochat.spec import RunSpec, load_spec
 
@@ -118,11 +119,24 @@ def test_missing_data_says_who_reads_it_and_how_to_bring_it(
 ) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("NANOCHAT_HOME", str(home))
-    spec = load_spec(REPO / "configs/cpu_tiny.toml", ['data.source="fineweb_edu"'])
+    overrides = ['data.source="fineweb_edu"', "data.num_shards=4"]
+    spec = load_spec(REPO / "configs/e2e.toml", overrides)
     [(code, text)] = messages(spec, make_plan(spec), RunDir(home / "runs/x"))
     assert code == EXIT_SPEC
     assert "data_fetch needs fineweb_edu/shard_00000.parquet" in text
     assert "2 more" in text and "nanochat fetch" in text
+
+
+def test_without_a_sandbox_humaneval_is_refused_before_the_training(
+    home: Path, gpus: list[GpuHere], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "problem", lambda: "darwin has no seccomp")
+    overrides = ['evaluate.tasks=["spelling", "humaneval"]']
+    spec = load_spec(REPO / "configs/e2e.toml", overrides)
+    found = messages(spec, make_plan(spec), RunDir(home / "runs/x"))
+    ((code, text),) = [m for m in found if "sandbox" in m[1]]
+    assert code == EXIT_SPEC and "darwin has no seccomp" in text
+    assert "'evaluate.tasks=[\"spelling\"]'" in text
 
 
 def test_a_missing_text_file_names_data_path(home: Path) -> None:
