@@ -12,12 +12,11 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
-import pyarrow.parquet as pq
 import tiktoken
 
 from nanochat.rundir import atomic_write_text
@@ -203,10 +202,18 @@ class Tokenizer(_Vocabulary):
         """Learn merges from the column `text` of parquet files (each row a document) and from
         text files (each a document), in the order given, reading at most `doc_cap_chars` of a
         document and `max_chars` in all."""
-        documents = _documents(paths, max_chars, doc_cap_chars)
-        return cls.train(
-            documents, vocab_size, pattern=pattern, num_threads=num_threads, progress=progress
+        _check_vocab_size(vocab_size)
+        bpe = RustTokenizer()
+        bpe.train_from_files(
+            paths,
+            vocab_size - len(SPECIAL_TOKENS),
+            pattern=pattern,
+            max_chars=max_chars,
+            doc_cap_chars=doc_cap_chars,
+            num_threads=num_threads,
+            progress=progress,
         )
+        return cls(bpe.get_merges(), vocab_size, pattern)
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> Self:
@@ -438,25 +445,6 @@ def _alternating(conversation: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _parts(content: str | list[dict[str, str]]) -> list[dict[str, str]]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-def _documents(
-    paths: Sequence[Path], max_chars: int | None, doc_cap_chars: int | None
-) -> Iterator[str]:
-    room = sys.maxsize if max_chars is None else max_chars
-    for path in paths:
-        rows: Iterable[str]
-        if path.suffix == ".parquet":
-            batches = pq.ParquetFile(path).iter_batches(columns=["text"])
-            rows = itertools.chain.from_iterable(b.column(0).to_pylist() for b in batches)
-        else:
-            rows = [path.read_text(encoding="utf-8")]
-        for row in rows:
-            text = row[:doc_cap_chars][:room]
-            room -= len(text)
-            yield text
-            if room == 0:
-                return
 
 
 def _check_vocab_size(vocab_size: int) -> None:

@@ -1,4 +1,8 @@
+"""Byte pair encoding for GPT-style tokenizers: training and encoding."""
+
 from collections.abc import Callable, Iterable, Sequence
+from os import PathLike
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +13,13 @@ GPT4_PATTERN: str
 Progress = Callable[[str, int, int | None], object]
 """Called about ten times a second with the phase ("count": bytes of text, "merge": merges), how
 much is done, and the total if it is known. An exception from it ends the work."""
+
+class Amount(TypedDict):
+    """How much `train_from_files` read."""
+
+    documents: int
+    chars: int
+    bytes: int
 
 class Tokenizer:
     """A byte pair encoding tokenizer: 256 single-byte tokens, then one token per merge.
@@ -43,16 +54,49 @@ class Tokenizer:
         surrogate, with its position. What the iterator raises passes through.
         """
 
-    def get_pattern(self) -> str: ...
+    def train_from_files(
+        self,
+        paths: Sequence[str | PathLike[str]],
+        vocab_size: int,
+        *,
+        pattern: str | None = None,
+        column: str = "text",
+        max_chars: int | None = None,
+        doc_cap_chars: int | None = None,
+        num_threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> Amount:
+        """The same from files, read in this order without Python: the rows of a parquet column are
+        documents (missing ones are left out), any other file is one document of text.
+
+        At most `doc_cap_chars` characters of a document and `max_chars` in all are read. Memory is
+        bounded by the distinct words and one parquet page, not by the files. FileNotFoundError and
+        its like name the file; ValueError: invalid UTF-8, with file, row and byte; no such column.
+        """
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write pattern and merges as one file, atomically."""
+
+    @staticmethod
+    def load(path: str | PathLike[str]) -> Tokenizer:
+        """The tokenizer that `save` wrote. ValueError if the file is not such a one."""
+
+    def get_pattern(self) -> str:
+        """The split pattern; empty before training."""
+
     @property
     def vocab_size(self) -> int:
         """256 + the number of merges."""
 
-    def get_merges(self) -> list[tuple[int, int]]: ...
+    def get_merges(self) -> list[tuple[int, int]]:
+        """The merges in order; merge i makes token 256 + i."""
+
     def get_mergeable_ranks(self) -> list[tuple[bytes, int]]:
         """Every token's bytes and id, by id: what `tiktoken.Encoding` takes, as a dict."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+
     def batch_encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, on all processors."""
 
@@ -62,8 +106,11 @@ class Tokenizer:
         """The ids of all texts end to end, and where each text starts (one entry more than texts).
         With `prefix`, each text's ids start with it."""
 
-    def count_tokens(self, text: str) -> int: ...
+    def count_tokens(self, text: str) -> int:
+        """Number of ids of a text."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """ValueError: no such id. UnicodeDecodeError: the bytes are not whole characters."""
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes: ...
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The bytes of the ids. ValueError: no such id."""

@@ -254,7 +254,11 @@ impl Tokenizer {
     /// The tokenizer that `save` wrote.
     #[staticmethod]
     fn load(path: PathBuf) -> PyResult<Tokenizer> {
-        let (pattern, merges) = file::load(&path)?;
+        let (pattern, merges) = file::load(&path).map_err(|error| match error.kind() {
+            io::ErrorKind::InvalidData => PyValueError::new_err(error.to_string()),
+            // Of the kind's own class: FileNotFoundError, PermissionError, …
+            kind => io::Error::new(kind, format!("{}: {error}", path.display())).into(),
+        })?;
         Tokenizer::from_merges(merges, &pattern)
     }
 
