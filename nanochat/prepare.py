@@ -26,7 +26,12 @@ from nanochat.scaling import StageNumbers, flops_per_token, gpt_config, resolve_
 from nanochat.spec import ChatRl, RunSpec, TrainStage
 from nanochat.stage import StageFailed
 from nanochat.tokenizer import TokenizerLike, load_tokenizer
+from nanochat.trainer import is_stop_urgent
 from nanochat.weights import load_model
+
+
+class _StopAsked(Exception):
+    """Ends an evaluation on all ranks."""
 
 
 @dataclass
@@ -82,13 +87,18 @@ class Prepared:
             "peak_flops": plan.get("peak_flops"),
         }
 
-    def bits_per_byte(self, validation: ValidationSet) -> float:
-        """Bits per byte of the model on a validation set, over all ranks."""
+    def bits_per_byte(self, validation: ValidationSet) -> float | None:
+        """Bits per byte of the model on a validation set, over all ranks.
+
+        None where a stop is asked meanwhile: the grace is for the checkpoint.
+        """
         token_bytes = self.tokenizer.token_bytes()
 
         def nll(inputs: torch.Tensor, targets: torch.Tensor, doc_ids: Any) -> torch.Tensor:
             if self.dist.is_main:
                 self.run.give_sign_of_life(self.stage)
+            if self.dist.broadcast_flag(int(is_stop_urgent(self.run))):
+                raise _StopAsked
             with self.autocast():
                 return self.model(inputs, targets, doc_ids=doc_ids, reduction="none")
 
@@ -97,6 +107,8 @@ class Prepared:
             return evaluate_bpb(
                 nll, validation, token_bytes, self.dist.device, self.dist.all_reduce_sum
             )
+        except _StopAsked:
+            return None
         finally:
             self.model.train()
 

@@ -29,7 +29,7 @@ from nanochat.distributed import Dist, seed_rank
 from nanochat.gpt import GPT
 from nanochat.metrics import Metrics
 from nanochat.optim import Optimizer, muon_momentum
-from nanochat.rundir import Outcome, RunDir, read_json
+from nanochat.rundir import Outcome, RunDir, StopReason, read_json
 from nanochat.scaling import StageNumbers, lr_scale
 from nanochat.spec import SpecError, TrainStage
 from nanochat.stage import StageFailed
@@ -115,7 +115,7 @@ def fit(
     train_model: Callable[..., torch.Tensor],
     optimizer: Optimizer,
     make_loader: Callable[[dict[str, Any] | None], Loader],
-    validate: Callable[[], float],
+    validate: Callable[[], float | None],
     sample: Callable[[int], None] | None,
     sample_every_steps: int,
     checkpointer: Checkpointer,
@@ -128,8 +128,9 @@ def fit(
 ) -> Outcome:
     """Train to the horizon, to a stop or to failure; returns the outcome of the stage.
 
-    train_model is `model`, perhaps compiled. validate returns bits per byte. peak_flops: of one
-    rank, for the MFU; None where it is not known. Raises StageFailed when the training diverges.
+    train_model is `model`, perhaps compiled. validate returns bits per byte, or on all ranks None
+    where a stop has cut it short. peak_flops: of one rank, for the MFU; None where it is not known.
+    Raises StageFailed when the training diverges.
     """
     horizon = Horizon(run, stage, numbers.num_steps)
     rollbacks = [r for r in run.resolved("rollback") if r["stage"] == stage]
@@ -204,17 +205,22 @@ def fit(
             horizon.fraction(at.step),
             since_save_s > checkpoint_every_s,
             run.stop_file.exists(),
+            is_stop_urgent(run),
         )
-        fraction, is_due, is_stopping = _from_rank_0(dist, seen)
+        fraction, is_due, is_stopping, is_urgent = _from_rank_0(dist, seen)
         is_last = fraction >= 1.0
+        is_unseen = at.validated_step != at.step
 
         # once in a while: a checkpoint, then the validation loss
-        if at.validated_step != at.step and (is_last or at.step % settings.eval_every_steps == 0):
+        is_look_due = is_unseen and (is_last or at.step % settings.eval_every_steps == 0)
+        if is_look_due and not is_urgent:
             if at.step > 0:
                 save(wait=is_last)
             say("evaluate")
             started_s = time.monotonic()
             bpb = validate()
+            if bpb is None:  # a stop came; it is looked at when the run goes on
+                continue
             eval_s = time.monotonic() - started_s
             metrics.log_val(at.step, val_bpb=bpb)
             is_best = at.best_bpb is None or bpb < at.best_bpb
@@ -238,11 +244,11 @@ def fit(
                     step=at.step,
                 )
                 break
-        if is_last:
+        if is_last and not (is_look_due and is_urgent):
             break
 
         # once in a while: samples
-        if sample is not None and at.step % sample_every_steps == 0:
+        if sample is not None and at.step % sample_every_steps == 0 and not is_stopping:
             say("sample")
             sample(at.step)
 
@@ -425,6 +431,12 @@ def _is_high(loss: float, at: Position, spike_nats: float) -> bool:
 
 def _running_mean(mean: float | None, loss: float) -> float:
     return loss if mean is None else LOSS_DECAY * mean + (1 - LOSS_DECAY) * loss
+
+
+def is_stop_urgent(run: RunDir) -> bool:
+    """Whether a stop is asked that cannot wait for an evaluation; the budget's has reserved it."""
+    request = run.stop_request()
+    return request is not None and request.reason is not StopReason.BUDGET
 
 
 def can_save_in_time(run: RunDir, checkpointer: Checkpointer) -> bool:

@@ -1,6 +1,7 @@
 """What a training stage is built from, and how it finds a device batch that fits."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from nanochat.conversations import train_on_conversations
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT
 from nanochat.prepare import compute_dtype, note_out_of_memory, prepare
-from nanochat.rundir import Outcome, RunDir
+from nanochat.rundir import Outcome, RunDir, StopReason
 from nanochat.scaling import gpt_config
 from nanochat.spec import RunSpec
 from nanochat.stage import StageFailed
@@ -160,10 +161,29 @@ def test_validation_gives_signs_of_life_and_leaves_the_model_in_training(
     prepared.model.train()
     rows = torch.randint(0, 300, (6, 64))
     validation = preparing.ValidationSet(rows.int(), rows.int(), None, 2, 6 * 64)
-    assert 0 < prepared.bits_per_byte(validation) < 100
+    bpb = prepared.bits_per_byte(validation)
+    assert bpb is not None and 0 < bpb < 100
     assert signs == [STAGE] * 3
     assert prepared.model.training
     assert whole.progress(STAGE) == before
+
+
+@pytest.mark.parametrize(
+    ("reason", "is_cut_short"), [(StopReason.SIGNAL, True), (StopReason.BUDGET, False)]
+)
+def test_a_stop_ends_a_validation_but_for_the_budgets(
+    whole: RunDir, reason: StopReason, is_cut_short: bool
+) -> None:
+    prepared = prepare(whole, STAGE, weights_from="base_train")
+    prepared.model.train()
+    rows = torch.randint(0, 300, (2, 64))
+    validation = preparing.ValidationSet(rows.int(), rows.int(), None, 2, 2 * 64)
+    whole.request_stop(reason, time.time() + 8.0)
+    try:
+        assert (prepared.bits_per_byte(validation) is None) is is_cut_short
+    finally:
+        whole.clear_stop()
+    assert prepared.model.training
 
 
 def test_weights_are_those_of_the_stage_before(whole: RunDir) -> None:

@@ -272,18 +272,27 @@ def tell_horizon(run: RunDir, seconds: float, age_s: float = 0.0) -> None:
     (run.path / "stages" / f"{STAGE}.horizon.json").write_text(json.dumps(told))
 
 
-def test_a_budget_horizon_ends_with_the_learning_rate_at_its_end(tmp_path: Path) -> None:
+def test_a_budget_horizon_ends_with_the_learning_rate_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = make_spec(num_steps=None, horizon="budget", eval_every_steps=10_000)
     run = new_run(tmp_path / "run", spec)
-    trainee = Trainee(run, spec)
+    started_s, now_s = time.time(), 0.0
+    clock = SimpleNamespace(monotonic=lambda: now_s, time=lambda: started_s + now_s)
+
+    def ten_seconds(inputs: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        nonlocal now_s
+        now_s += 2.5  # four forward passes per step
+        return loss
+
+    trainee = Trainee(run, spec, poison=ten_seconds)
     trainee.bpb = lambda: 1.25
-    tell_horizon(run, seconds=0.6)
-    started = time.monotonic()
+    tell_horizon(run, seconds=200.0)
+    monkeypatch.setattr("nanochat.trainer.time", clock)
     outcome = trainee.fit()
     assert outcome.outcome == "done" and outcome.num_steps is None
-    assert time.monotonic() - started >= 0.5
     lines = steps_logged(run)
-    assert outcome.step == len(lines) > 5
+    assert outcome.step == len(lines) and outcome.step in (20, 21)
     scales = [line["lr_scale"] for line in lines]
     assert scales[0] == 1.0 and scales == sorted(scales, reverse=True)
     assert scales[-1] < 0.5
@@ -323,6 +332,30 @@ def test_a_stop_saves_where_it_stands_and_resumes_to_the_same_bits(tmp_path: Pat
     assert resumed.fit().outcome == "done"
     assert_equal(resumed.weights(), whole.weights())
     assert [m["loss"] for m in steps_logged(run)] == [m["loss"] for m in steps_logged(whole.run)]
+
+
+@pytest.mark.parametrize("look_at", [4, 12])
+def test_a_stop_in_an_evaluation_does_not_wait_for_it(tmp_path: Path, look_at: int) -> None:
+    spec = make_spec()  # looks at steps 0, 4, 8 and 12, which is the last
+    run = new_run(tmp_path / "run", spec)
+    looks = 0
+
+    def stop_in_it() -> float | None:
+        nonlocal looks
+        looks += 1
+        if looks == look_at // 4 + 1:
+            run.request_stop(StopReason.SIGNAL, time.time() + 60)
+            return None
+        return 1.0
+
+    trainee = Trainee(run, spec)
+    outcome = trainee.fit(validate=stop_in_it)
+    assert (outcome.outcome, outcome.step) == ("stopped", look_at)
+    assert latest(run) == look_at
+    run.clear_stop()
+    assert Trainee(run, spec).fit().outcome == "done"
+    looked = [m["step"] for m in run.metrics() if "val_bpb" in m]
+    assert looked == [0, 4, 8, 12]
 
 
 def test_a_stop_without_time_for_a_save_leaves_the_last_one(tmp_path: Path) -> None:
