@@ -151,6 +151,21 @@ def test_random_weights_guess(name: str) -> None:
     assert abs(right / total - task.chance) < 3 * stderr
 
 
+CORE_CHOICES = [row[0] for row in published.CORE_TASKS if row[2] != "language_modeling"]
+
+
+@pytest.mark.parametrize("label", CORE_CHOICES)
+def test_random_weights_guess_in_core_too(label: str) -> None:
+    """Of as many texts as the fixture's questions have; over several models, as above."""
+    (task,) = (t for t in core_tasks() if t.label == label)
+    right = total = 0
+    for seed in range(2):
+        marked = answered(Engine(ignorant(seed), TOKENIZER, max_batch=8), task)
+        right, total = right + sum(m.correct for m in marked), total + len(marked)
+    chance = 1 / len(task.example(0).texts)
+    assert abs(right / total - chance) < 3 * math.sqrt(chance * (1 - chance) / total)
+
+
 @pytest.mark.parametrize("name", ["mmlu", "copying", "core.arc_easy", "core.winograd",
                                   "core.coqa"])  # fmt: skip
 def test_ranks_and_restarts_change_nothing(engine: Engine, name: str) -> None:
