@@ -17,6 +17,7 @@ import pytest
 from tests.twin.engine import Engine, build_image, wait_until
 from tests.twin.slurm.cluster import (
     HOME,
+    KIT,
     NODES,
     SCRATCH,
     SIF,
@@ -232,29 +233,46 @@ def test_a_full_scratch_is_78_and_goes_on_once_there_is_room(cluster: Cluster) -
 
 @pytest.mark.long
 def test_a_missing_sif_is_named(cluster: Cluster) -> None:
-    said = cluster.nanochat(f"launch {TOY} --to slurm {FAST} --sif {SCRATCH}/none.sif --dry-run")
+    words = f"{TOY} --to slurm {FAST} --time 30 {named('no_sif')} --sif {SCRATCH}/none.sif"
+    said = cluster.nanochat(f"launch {words} --dry-run")
     job = cluster.check(f"sbatch --parsable << 'END'\n{said.output}\nEND").strip()
     ended = cluster.wait_for_job(job, 60)
     assert ended["ExitCode"] == "78:0"
     assert f"there is no image {SCRATCH}/none.sif" in ended["Comment"]
 
 
+@pytest.fixture
+def published(cluster: Cluster) -> str:
+    """Overrides for a last stage that opens a published file, fetched from the hub in the box."""
+    serve = f"cd {KIT} && exec python3 -B -m tests.twin.slurm.data_server > {SCRATCH}/hub"
+    cluster.nodes["login"].exec_run(["bash", "-c", serve], user=USER, detach=True)
+    wait_until(lambda: cluster.run(f"grep http {SCRATCH}/hub").exit_code == 0, 30, "the hub")
+    words = '\'evaluate.tasks=["copying", "gsm8k"]\''
+    fetch = f"infra/slurm/nanochat.sh fetch {TOY} {words} --json"
+    fetched = cluster.run(f"cd {KIT} && HF_ENDPOINT=$(cat {SCRATCH}/hub) {fetch} 2>/dev/null")
+    assert fetched.exit_code == 0, fetched.output
+    assert json.loads(fetched.output)["files_fetched"] in (0, 2)  # 0 the second time
+    return words
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("damage", ["rm", "truncate -s 100"])
 def test_a_data_file_that_is_not_whole_is_refused_before_any_step(
-    cluster: Cluster, damage: str
+    cluster: Cluster, published: str, damage: str
 ) -> None:
-    file = cluster.check(f"find {HOME}/data -name '*.parquet' | sort | tail -1").strip()
+    file = f"{HOME}/data/gsm8k/main/test-00000-of-00001.parquet"
+    name = f"damaged-{damage.split()[0]}"
     cluster.check(f"cp {file} {SCRATCH}/kept && {damage} {file}")
     try:
-        job = launch(cluster, "--time 30 " + named("damaged"))
+        job = launch(cluster, f"--time 30 {named(name)} {published}")
         ended = cluster.wait_for_job(job, 120)
         assert ended["ExitCode"] == "78:0", cluster.log(job)
-        took = cluster.check(f"grep -o '\"time\": [0-9]*' {HOME}/runs/damaged/slurm.jsonl").split()
-        assert int(took[-1]) - int(took[-3]) < 10
-        log = cluster.log(job)
-        assert os.path.basename(file) in ended["Comment"] and "nanochat fetch" in log, log
-        assert steps(cluster, "damaged") == 0
+        assert os.path.basename(file) in ended["Comment"], ended
+        assert "nanochat fetch" in cluster.log(job)
+        lines = cluster.check(f"cat {HOME}/runs/{name}/slurm.jsonl").splitlines()
+        started_s, ended_s = (json.loads(line)["time"] for line in lines)
+        assert ended_s - started_s < 10
+        assert steps(cluster, name) == 0
     finally:
         cluster.check(f"cp {SCRATCH}/kept {file}")
 

@@ -2,8 +2,8 @@
 
 * login: slurmctld and sshd; on the cluster's network and on one that leads outside.
 * c1, c2: slurmd, two cores each; on the cluster's network only, which has no way out.
-* /scratch, and /small of SMALL_MIB, are shared by all; the home of the user `student` is a tmpfs of HOME_MIB on the login node
-  and another on each compute node, which is what a small quota looks like.
+* /scratch, and /small of SMALL_MIB, are shared by all. The home of the user `student` is a tmpfs of
+  HOME_MIB, another one on each node, which is what a small quota looks like.
 
 `python -m tests.twin.slurm.cluster up IMAGE` starts one to try the SLURM path by hand, with the SIF
 made of that image; `down` removes it. `make cluster` and `make cluster-down` do the same.
