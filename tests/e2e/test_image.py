@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import tarfile
-import time
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
@@ -171,9 +170,7 @@ def test_a_change_of_code_changes_the_last_small_layer_only(
     with open(checkout / "nanochat" / "spec.py", "a") as f:
         f.write("\n# changed\n")
     tag = f"{image}-changed"
-    started = time.monotonic()
     build_image(tag, folder=checkout)
-    seconds = time.monotonic() - started
     try:
         before, after = (engine.client.images.get(t).attrs for t in (image, tag))
         old, new = before["RootFS"]["Layers"], after["RootFS"]["Layers"]
@@ -184,8 +181,6 @@ def test_a_change_of_code_changes_the_last_small_layer_only(
         assert code < 32 << 20
     finally:
         engine.client.images.remove(tag)
-    # Engines without a native diff (fuse-overlayfs) walk the whole image for a layer.
-    assert seconds < 180
 
 
 def test_baked_data_is_fetched_once_and_found_without_network(
