@@ -19,6 +19,7 @@ CONFIG = """
 name = "faults"
 seed = 3
 offer = "cpu"
+stop_grace_s = {grace_s}
 
 [budget]
 max_hours = 10.0
@@ -57,13 +58,15 @@ sample_every_steps = 1_000_000
 class FaultyRun:
     """A run directory and what the faults in it record."""
 
-    def __init__(self, folder: Path, num_steps: int, eval_tokens: int = 4096) -> None:
+    def __init__(
+        self, folder: Path, num_steps: int, eval_tokens: int = 4096, grace_s: float = 8.0
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.run = RunDir(folder / "run")
         self.num_steps = num_steps
         (folder / "faults.toml").write_text(
-            CONFIG.format(num_steps=num_steps, eval_tokens=eval_tokens)
+            CONFIG.format(num_steps=num_steps, eval_tokens=eval_tokens, grace_s=grace_s)
         )
 
     def start(self, **plan: Any) -> subprocess.Popen[str]:
