@@ -86,7 +86,12 @@ class FaultyRun:
                 stdout=subprocess.DEVNULL,
                 stderr=log,
                 text=True,
-                env={**os.environ, "FAULTS": str(self.folder), "PYTHONPATH": python_path},
+                env={
+                    **os.environ,
+                    "FAULTS": str(self.folder),
+                    "NANOCHAT_HOME": str(self.folder / "home"),
+                    "PYTHONPATH": python_path,
+                },
             )
 
     def finish(self) -> None:
