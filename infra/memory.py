@@ -39,14 +39,10 @@ class Code:
 
     kept_d: int = 15
     """Tensors [token, n_embd] in the compute dtype that a block keeps: x and its norm, q in the
-    joint product, normed q, the attention's output, x and its norm before the MLP, and the MLP's
+    joint product, rotated q, the attention's output, x and its norm before the MLP, and the MLP's
     product and its square at four widths each."""
     kept_kv: int = 3
-    """Tensors as wide as the keys: k and v in the joint product, normed k."""
-    kept_float_d: int = 1
-    """Tensors [token, n_embd] in float32: rotated q."""
-    kept_float_kv: int = 1
-    """Tensors as wide as the keys in float32: rotated k."""
+    """Tensors as wide as the keys: k and v in the joint product, rotated k."""
     holds_logits: bool = False
     """Whether all logits of a forward pass are there at a time."""
     stale_bytes_per_matrix_param: float = 0.0
@@ -181,10 +177,9 @@ def layer_activations(c: GPTConfig, layout: Layout) -> int:
     """Bytes per token that the backward pass of one block reads; see Code."""
     d, kv, code = c.n_embd, c.n_kv_head * c.head_dim, layout.code
     wide = layout.itemsize * (code.kept_d * d + code.kept_kv * kv)
-    floats = 4 * (code.kept_float_d * d + code.kept_float_kv * kv)
     dropped = 2 * d if c.dropout else 0  # a byte of mask per value, two places
     statistics = 4 * (2 + 2 * c.n_head + c.n_kv_head)  # of the norms and of the attention
-    return wide + floats + dropped + statistics
+    return wide + dropped + statistics
 
 
 def logit_bytes(c: GPTConfig, layout: Layout, tokens: int) -> float:

@@ -1,7 +1,9 @@
 """The transformer: nanochat's architecture of October 2025.
 
 What is special here:
-- RoPE first, then an RMS norm without weights, on queries and keys ("QK norm").
+- RoPE and an RMS norm without weights on queries and keys ("QK norm"). nanochat rotates first; a
+  rotation does not change the norm, and with the norm first the backward pass needs nothing
+  but the product that is kept anyway: 10 KB less per token and block of d20.
 - Untied embedding and head, an RMS norm behind the embedding and before the head, none of them
   with weights; no biases anywhere.
 - relu(x)^2 in the MLP, of width 4 * n_embd; logits are soft-capped at 15.
@@ -67,8 +69,8 @@ class Attention(nn.Module):
         weight = torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight))
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (t.view(heads) for t in F.linear(x, weight).split(self.widths, dim=-1))
-        q = norm(rotate(q, cos, sin)).to(v.dtype)
-        k = norm(rotate(k, cos, sin)).to(v.dtype)
+        q = rotate(norm(q), cos, sin).to(v.dtype)
+        k = rotate(norm(k), cos, sin).to(v.dtype)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         causal = mask is None and q.size(2) > 1
         if cache is not None:

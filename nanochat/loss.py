@@ -132,6 +132,11 @@ def _accumulate_outer(total: Tensor, left: Tensor, right: Tensor, *, first: bool
     """total += left.T @ right (or = for the first), the sum in total's own precision."""
     if total.dtype == left.dtype:
         total.addmm_(left.T, right, beta=0 if first else 1)
+    elif total.is_cuda:
+        # cuBLAS adds to float32 itself: at d20 a tenth faster, and no product is rounded to bf16
+        if first:
+            total.zero_()
+        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
     elif first:
         total.copy_(left.T @ right)
     else:

@@ -282,16 +282,16 @@ class Book(TorchDispatchMode):
         if known is not None and known.is_alive:
             return
         is_weight = tuple(tensor.shape) in self.weight_shapes
-        # the float copy that the RMS norm of a CPU makes; a GPU's kernel keeps its input instead
+        # the float copy that the RMS norm of a CPU makes; a GPU's kernel keeps its input instead,
+        # which for queries and keys (of four dimensions) is part of a product that is there anyway
         is_copy = (
             source is not None
             and (source.element_size(), tensor.element_size()) == (2, 4)
             and tensor.shape == source.shape
-            and tensor.dim() == 3
         )
         self._live[storage._cdata] = Entry(
             StorageWeakRef(storage),
-            share=0.5 if is_copy else 1.0,
+            share=(0.5 if tensor.dim() == 3 else 0.0) if is_copy else 1.0,
             of_tokens=source is not None and not is_weight,
         )
 

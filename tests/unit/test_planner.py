@@ -38,8 +38,6 @@ CODES = {
     # gathered outputs of a step are still there in the next one.
     "nanochat": replace(
         OURS,
-        kept_float_d=0,
-        kept_float_kv=0,
         holds_logits=True,
         stale_bytes_per_matrix_param=8,
         stale_bytes_per_param=4,
