@@ -56,7 +56,9 @@ def build_parser() -> Parser:
     p.add_argument("--run-dir", metavar="DIR", help="default: NANOCHAT_HOME/runs/NAME")
 
     p = verbs.add_parser("launch", parents=[spec, as_json], help="run it elsewhere")
-    p.add_argument("--to", required=True, choices=["docker", "runpod", "slurm"], help="where")
+    p.add_argument(
+        "--to", required=True, choices=["docker", "runpod", "slurm", "sky"], help="where"
+    )
     p.add_argument("--dry-run", action="store_true", help="what would be sent, and its worst case")
     p.add_argument("--image", default="", help="default: the image of this version")
     p.add_argument("--volume", default="nanochat", help="volume by name, or an existing folder")
@@ -68,6 +70,9 @@ def build_parser() -> Parser:
     in_cloud.add_argument("--offers", metavar="A,B", help="offers in order; default: the spec's")
     in_cloud.add_argument("--max-usd-per-hour", type=float, help="price ceiling of a pod")
     in_cloud.add_argument("--data-centers", metavar="A,B", help="default: where the volume is")
+    in_sky = p.add_argument_group("sky")
+    in_sky.add_argument("--task", metavar="FILE", help="default: the one of sky/ that runs @CONFIG")
+    in_sky.add_argument("--infra", default="", help="another cloud than the task's, e.g. lambda")
     in_slurm = p.add_argument_group("slurm", "as the section [slurm] of the spec; `plan --fields`")
     for name in ("account", "partition", "qos", "gres", "time", "scratch", "sif", "module", "ssh"):
         in_slurm.add_argument(f"--{name}")

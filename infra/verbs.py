@@ -18,8 +18,9 @@ from typing import Any, NoReturn
 from infra import cloud, hardware, nodes, planner, preflight
 from infra import reap as reaping
 from infra.console import Console, render_status
-from infra.launch import docker, slurm
+from infra.launch import docker, sky, slurm
 from infra.launch.base import Job, LaunchError, Rendered
+from infra.launch.sky_sdk import SkyPilot
 from infra.meter import Price, meter_of_this_pod
 from infra.privileges import lost_with_container
 from infra.processes import python_path
@@ -160,6 +161,12 @@ def launch(args: argparse.Namespace) -> int:
         if not args.dry_run:
             return slurm.submit(job)
         return _dry_run(args, slurm.render(job))
+    if args.to == "sky":
+        task = Path(args.task) if args.task else None
+        to_sky = sky.SkyOptions(image=args.image, task=task, infra=args.infra, detach=args.detach)
+        if not args.dry_run:
+            return sky.submit(job, to_sky, SkyPilot())
+        return _dry_run(args, sky.render(job, to_sky))
     options = docker.DockerOptions(
         image=args.image,
         volume=args.volume,

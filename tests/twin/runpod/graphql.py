@@ -34,7 +34,7 @@ def _fields(selection: SelectionSetNode | None) -> list[FieldNode]:
 
 
 def _arguments(field: FieldNode) -> dict[str, Any]:
-    given = {a.name.value: value_from_ast_untyped(a.value) for a in field.arguments}
+    given = {a.name.value: value_from_ast_untyped(a.value) for a in field.arguments or ()}
     wrapped = given.get("input")
     return dict(wrapped) if isinstance(wrapped, Mapping) else given
 

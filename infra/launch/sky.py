@@ -1,0 +1,252 @@
+"""Launcher for SkyPilot: fills in one of sky/*.yaml and calls SkyPilot's Python API.
+
+* What is rendered is the task that is sent, and `sky launch` takes it as it stands; the values of
+  secrets are not in it.
+* A launch that fails, or that is not up in time, is torn down, and the provider is asked whether
+  anything is left: SkyPilot's autostop lives in the pod, so a pod whose set-up has failed is never
+  stopped by anybody.
+* SkyPilot knows 0, 100 and 1; the run's own exit code is read from its status.json.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import yaml
+
+from infra.launch.base import SECRETS, Job, LaunchError, Rendered, worst_case_usd
+from infra.processes import APP_DIR
+from infra.runpod_api import ProviderError, connect
+from nanochat.rundir import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_UNFIT_NODE
+
+TASKS = APP_DIR / "sky"
+LAUNCH_LIMIT_S = 2400.0
+"""Image pull, start and set-up over all rungs; SkyPilot itself waits without a limit."""
+BOOT_MINUTES = 15.0
+"""Billed before the run starts; the run's own budget counts from its first second."""
+NAME_LIMIT = 30
+"""RunPod's names; SkyPilot adds a hash and `-head` to a cluster's."""
+VERIFY_S = 120.0
+POLL_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkyOptions:
+    """What a user may choose about the task."""
+
+    image: str = ""
+    """Unset: what the task's file says."""
+    task: Path | None = None
+    """Unset: the file of sky/ that runs the config."""
+    infra: str = ""
+    """Another place, e.g. `lambda`, by accelerator instead of by RunPod's instance type."""
+    detach: bool = False
+    """Return as soon as the run has started."""
+
+
+class Sky(Protocol):
+    """What is used of SkyPilot; every call waits for its result."""
+
+    def launch(self, task: dict[str, Any], cluster: str, secrets: dict[str, str]) -> int:
+        """Provision and submit; the job's number."""
+
+    def cancel_launch(self) -> None:
+        """Give up a launch that hangs."""
+
+    def logs(self, cluster: str, job: int) -> int:
+        """Copy the log to its end; 0, or 100 where the job failed."""
+
+    def exists(self, cluster: str) -> bool:
+        """Whether SkyPilot knows a cluster of that name that is not down."""
+
+    def down(self, cluster: str) -> None:
+        """Terminate it."""
+
+    def status(self) -> list[dict[str, Any]]:
+        """Name, status, autostop and USD per hour of every cluster."""
+
+
+def cluster_name(run_name: str) -> str:
+    """Name of the cluster of a run: lower case, digits and hyphens, short enough for RunPod."""
+    name = re.sub(r"[^a-z0-9]+", "-", run_name.lower()).strip("-")
+    return (name if name[:1].isalpha() else f"run-{name}")[:NAME_LIMIT].rstrip("-")
+
+
+def task_file(job: Job, options: SkyOptions) -> Path:
+    """The task that runs a config. Raises LaunchError that lists what there is."""
+    if options.task is not None:
+        return options.task
+    wanted = f"@configs/{Path(job.config).name} "
+    for path in sorted(TASKS.glob("*.yaml")):
+        if wanted in str(yaml.safe_load(path.read_text()).get("run", "")):
+            return path
+    known = ", ".join(p.name for p in sorted(TASKS.glob("*.yaml"))) or "none"
+    raise LaunchError(
+        f"no task in {TASKS} runs @configs/{Path(job.config).name} (there are: {known}); write one "
+        "beside them: its run line names the config, everything else can be copied"
+    )
+
+
+def fill(job: Job, options: SkyOptions) -> dict[str, Any]:
+    """The task as SkyPilot takes it, with the overrides in ARGS."""
+    task: dict[str, Any] = yaml.safe_load(task_file(job, options).read_text())
+    task["envs"] = {**(task.get("envs") or {}), "ARGS": shlex.join(job.overrides)}
+    if any(shlex.quote(o) != o for o in job.overrides):
+        # the shell splits an unquoted $ARGS at blanks and keeps quotes: they stand in the command
+        task["run"] = task["run"].replace("$ARGS", shlex.join(job.overrides))
+        task["envs"]["ARGS"] = ""
+    resources = task["resources"]
+    if options.image:
+        resources["image_id"] = f"docker:{options.image}"
+    if options.infra:
+        count, _, gpu = str(job.plan["offer"]).partition("x")
+        resources.pop("ordered", None)
+        resources.pop("instance_type", None)
+        task.pop("volumes", None)
+        resources["infra"] = options.infra
+        if gpu:
+            resources["accelerators"] = f"{SKY_GPUS.get(gpu, gpu)}:{count}"
+    return task
+
+
+SKY_GPUS = {
+    "H100-SXM": "H100",
+    "H100-PCIE": "H100",
+    "A100-40GB": "A100",
+    "A100-80GB-PCIE": "A100-80GB",
+    "RTX-4090": "RTX4090",
+}
+"""What SkyPilot calls them on other clouds than RunPod."""
+
+
+def render(job: Job, options: SkyOptions) -> Rendered:
+    """The task as YAML, and the most that run, start and autostop can cost."""
+    task = fill(job, options)
+    text = yaml.safe_dump(task, sort_keys=False, width=100)
+    return Rendered(text, worst_usd(job, task))
+
+
+def worst_usd(job: Job, task: dict[str, Any]) -> float | None:
+    """Run's bound, the minutes before it starts and those until autostop, at the dearest rung."""
+    bound = worst_case_usd(job)
+    if bound is None:
+        return None
+    resources = task["resources"]
+    hourly = float(resources.get("max_hourly_cost") or job.plan["usd_per_hour"])
+    idle = float((resources.get("autostop") or {}).get("idle_minutes") or 0.0)
+    return bound + hourly * (BOOT_MINUTES + idle) / 60.0
+
+
+def submit(job: Job, options: SkyOptions, sky: Sky, out: TextIO = sys.stderr) -> int:
+    """Start the run and follow it; its exit code. Nothing stays behind where the start fails."""
+    cluster = cluster_name(job.name)
+    task = fill(job, options)
+    existed = sky.exists(cluster)
+    if existed:
+        out.write(f"{cluster} is up already: the run is given to it\n")
+    secrets = {name: os.environ[name] for name in SECRETS if os.environ.get(name)}
+    try:
+        number = _within(
+            LAUNCH_LIMIT_S, lambda: sky.launch(task, cluster, secrets), sky.cancel_launch
+        )
+    except KeyboardInterrupt:
+        out.write("interrupted before the run has started\n")
+        if not existed:
+            tear_down(cluster, sky)
+        return EXIT_STOPPED
+    except Exception as e:  # SkyPilot raises what any of its parts raises
+        if existed:
+            raise LaunchError(
+                f"{cluster} was up before and did not take the run: {e}. It is billed: look at it "
+                f"with sky queue {cluster}, or end it with sky down {cluster}",
+                EXIT_UNFIT_NODE,
+            ) from None
+        tear_down(cluster, sky)
+        raise LaunchError(
+            f"SkyPilot could not start {cluster}: {e}. It is torn down, and nothing is billed",
+            EXIT_UNFIT_NODE,
+        ) from None
+    out.write(f"{cluster} runs {job.name}: sky logs {cluster}, sky down {cluster}\n")
+    if options.detach:
+        return EXIT_DONE
+    code = sky.logs(cluster, number)
+    return EXIT_DONE if code == 0 else exit_code_on(cluster, job.name)
+
+
+def tear_down(cluster: str, sky: Sky) -> None:
+    """Terminate a cluster, and ask the provider until it is gone. Raises LaunchError where not."""
+    deadline = time.monotonic() + VERIFY_S
+    while True:
+        with contextlib.suppress(Exception):  # an unknown cluster is what is wanted
+            sky.down(cluster)
+        left = strays(cluster)
+        if left is not None and not left:
+            return
+        if time.monotonic() > deadline:
+            break
+        time.sleep(POLL_S)
+    what = "RunPod does not answer" if left is None else f"still there: {', '.join(left)}"
+    raise LaunchError(
+        f"{cluster} may still be billed ({what}): run `nanochat reap`, or end it in the console", 1
+    )
+
+
+def strays(cluster: str) -> list[str] | None:
+    """Ids of the cluster's pods on RunPod, which are ended; None while RunPod does not answer."""
+    api = connect()
+    if api is None:
+        return []
+    try:
+        # SkyPilot: CLUSTER-USERHASH-head
+        mine = [p for p in api.pods() if re.fullmatch(rf"{cluster}-[0-9a-f]+-head", p.name)]
+        for pod in mine:
+            with contextlib.suppress(ProviderError):
+                api.terminate(pod.id)
+        return [p.id for p in mine]
+    except ProviderError:
+        return None
+
+
+def exit_code_on(cluster: str, run_name: str) -> int:
+    """The run's own exit code, by the ssh entry that SkyPilot has made; 70 where it is not told."""
+    command = ["ssh", "-o", "BatchMode=yes", cluster, "nanochat", "status", run_name, "--json"]
+    with contextlib.suppress(subprocess.SubprocessError, OSError, ValueError, KeyError, TypeError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60.0)
+        return int(json.loads(done.stdout)["exit_code"])
+    return EXIT_FAILED
+
+
+def _within(limit_s: float, call: Callable[[], int], give_up: Callable[[], None]) -> int:
+    """Result of a call. Raises what it raises, or TimeoutError after giving it up."""
+    result: list[int] = []
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            result.append(call())
+        except BaseException as e:
+            raised.append(e)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        thread.join(limit_s)
+    except KeyboardInterrupt:
+        give_up()
+        raise
+    if thread.is_alive():
+        give_up()
+        raise TimeoutError(f"not up within {limit_s:.0f} s")
+    if raised:
+        raise raised[0]
+    return result[0]
