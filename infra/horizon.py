@@ -20,6 +20,8 @@ SAVE_FACTOR = 2.0
 """A save while others write to the same volume, against the last measured one."""
 LEAST_SAVE_S = 1.0
 LEAST_REPORT_S = 3.0
+REPORT_FACTOR = 2.0
+"""The report must be there at the end, and its imports and plots are not sped up by GPUs."""
 
 
 class StageClock:
@@ -104,8 +106,8 @@ class StageClock:
         return self._run.path / "stages" / f"{stage}.horizon.json"
 
     def _expected_s(self, stage: str) -> float:
-        least_s = LEAST_REPORT_S if stage == "report" else 0.0
-        return max(least_s, self._planned_s.get(stage, 0.0) * self._slowness())
+        planned_s = self._planned_s.get(stage, 0.0) * self._slowness()
+        return max(LEAST_REPORT_S, REPORT_FACTOR * planned_s) if stage == "report" else planned_s
 
     def _slowness(self) -> float:
         """Measured over planned time of training: stages that are done, steps of the present one.

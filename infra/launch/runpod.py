@@ -29,7 +29,6 @@ from infra.launch.base import (
     LaunchError,
     Rendered,
     default_image,
-    worst_case_usd,
 )
 from infra.processes import APP_DIR
 from infra.pull import Host
@@ -47,6 +46,8 @@ PRICE_MARGIN = 1.15
 POLL_S = 5.0
 SEEN_EVERY_S = 60.0
 LOST_AFTER_S = 180.0
+CPU_USD_PER_HOUR = 0.12
+"""The dearest of CPU_INSTANCES, 2026-11; to a plan a CPU is this machine and costs nothing."""
 CPU_INSTANCES = ("cpu3c-2-4", "cpu3g-2-8", "cpu5c-2-4")
 STATE_FILE = "/tmp/nanochat-pod.json"
 LOG_FILE = "/tmp/nanochat-pod.log"
@@ -101,7 +102,7 @@ def render(jobs: Sequence[Job], options: RunPodOptions, volumes: Sequence[Volume
         {**vars(rung), "pod": pod_arguments(job, rung, options, born=None, usd_before=0.0)}
         for job, rung in rungs(jobs, options, volumes)
     ]
-    costs = [pod_usd(job, 0.0) for job in jobs]
+    costs = [pod_usd(job, 0.0, r.ceiling_usd_per_hour) for job, r in rungs(jobs, options, volumes)]
     worst = None if any(c is None for c in costs) else max(c for c in costs if c is not None)
     return Rendered(json.dumps(asked, indent=2), worst)
 
@@ -113,9 +114,9 @@ def rungs(
     places = _places(options, volumes)
     for job in jobs:
         offer = str(job.plan["offer"])
-        price = float(job.plan["usd_per_hour"])
-        ceiling = options.max_usd_per_hour or price * PRICE_MARGIN
         count, gpu_type = gpu_of(offer)
+        price = float(job.plan["usd_per_hour"]) or (CPU_USD_PER_HOUR if gpu_type is None else 0.0)
+        ceiling = options.max_usd_per_hour or price * PRICE_MARGIN
         for place, volume_id in places:
             for instance in CPU_INSTANCES if gpu_type is None else (None,):
                 yield (
@@ -151,7 +152,7 @@ def pod_arguments(
     command = pod_command(job)
     env = {name: None for name in (*options.secrets, "PUBLIC_KEY")}
     labels = {"RUN": job.name, "BORN": None if born is None else f"{born:.0f}"}
-    usd = pod_usd(job, usd_before)
+    usd = pod_usd(job, usd_before, rung.ceiling_usd_per_hour)
     if usd is not None:
         labels["MAX_USD"] = f"{usd:.4f}"
     hours = job.spec.budget.max_hours
@@ -195,10 +196,13 @@ def pod_command(job: Job) -> list[str]:
     return ["bash", "-c", f"{words} && exec {shlex.join(run)}"]
 
 
-def pod_usd(job: Job, usd_before: float) -> float | None:
+def pod_usd(job: Job, usd_before: float, usd_per_hour: float) -> float | None:
     """Most that one pod may cost: the run's bound less what its earlier pods have cost."""
-    bound = worst_case_usd(job)
-    return None if bound is None else max(0.0, bound - usd_before)
+    budget = job.spec.budget
+    bounds = [] if budget.max_usd is None else [budget.max_usd]
+    if budget.max_hours is not None:
+        bounds.append(budget.max_hours * usd_per_hour)
+    return max(0.0, min(bounds) - usd_before) if bounds else None
 
 
 class Launcher:
@@ -227,10 +231,7 @@ class Launcher:
         name = jobs[0].name
         self.refuse_second(name)
         before = reap.spent_before(name)
-        if pod_usd(jobs[0], before) == 0.0 and worst_case_usd(jobs[0]) != 0.0:
-            raise LaunchError(
-                f"{name} has cost ${before:.2f}, which is all of its budget; raise budget.max_usd"
-            )
+        self._refuse_spent(jobs[0], before)
         failed: list[str] = []
         pods = 0
         for job, rung in rungs(jobs, options, self.volumes):
@@ -267,6 +268,14 @@ class Launcher:
                 f"nanochat stop {name} ends it"
             )
 
+    def _refuse_spent(self, job: Job, before: float) -> None:
+        most = job.spec.budget.max_usd
+        if most is not None and before >= most:
+            raise LaunchError(
+                f"{job.name} has cost ${before:.2f}, which is all of its budget of ${most:.2f}; "
+                "raise budget.max_usd to go on"
+            )
+
     def ask(self, job: Job, rung: Rung, options: RunPodOptions, usd_before: float) -> str:
         """One pod; its id. Raises ProviderError where there is none at this price."""
         born = time.time()
@@ -288,7 +297,7 @@ class Launcher:
             pod_id,
             usd_per_hour=rung.usd_per_hour,
             born=born,
-            max_usd=pod_usd(job, usd_before),
+            max_usd=pod_usd(job, usd_before, rung.ceiling_usd_per_hour),
         )
         return pod_id
 

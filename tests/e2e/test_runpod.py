@@ -1,0 +1,201 @@
+"""`launch --to runpod` on the emulated provider: pods are containers of the image."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.twin.engine import ROOT, Engine, wait_until
+from tests.twin.runpod.account import Fault, Pod
+from tests.twin.runpod.cloud import Cloud
+from tests.twin.runpod.sdk import python_with_sdk
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+
+RUN = "/workspace/nanochat/runs/e2e"
+START_S = 400.0
+"""A toy run on two cores that others use too."""
+
+
+@dataclass
+class Client:
+    """A person's shell: `nanochat` with the SDK and a key, and nothing else of this machine."""
+
+    cloud: Cloud
+    home: Path
+    image: str
+
+    def env(self) -> dict[str, str]:
+        return {
+            "HOME": str(self.home),
+            "PATH": os.environ["PATH"],
+            "NANOCHAT_HOME": str(self.home / "nanochat"),
+            "RUNPOD_API_KEY": self.cloud.account.key,
+            "RUNPOD_API_BASE_URL": self.cloud.url,
+        }
+
+    def start(self, *words: str) -> "subprocess.Popen[str]":
+        command = [str(python_with_sdk()), "entrypoint.py", *words]
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=self.env(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *words: str) -> tuple[int, str]:
+        process = self.start(*words)
+        output = process.communicate(timeout=1500)[0]
+        return process.returncode, output
+
+    def launch(self, *words: str) -> tuple[str, ...]:
+        to = ("--to", "runpod", "--image", self.image, "--max-usd-per-hour", "10")
+        return ("launch", "@configs/e2e.toml", *words, *to)
+
+    def shown(self, pod: Pod, path: str) -> str:
+        """A file in a pod; empty where there is none."""
+        text = self.cloud.engine.run(str(pod.container), "cat", path)
+        return "" if text.startswith("cat:") else text
+
+    def on_volume(self, engine: Engine, script: str) -> str:
+        (volume,) = self.cloud.account.volumes.values()
+        return engine.shell(volume["docker"], script)
+
+    def pod(self) -> Pod:
+        """The one pod that is billed."""
+        (pod,) = self.cloud.account.alive()
+        return pod
+
+    def wait_for(self, happened: Callable[[], bool], process: Any, what: str) -> None:
+        def seen() -> bool:
+            assert process.poll() is None, f"{what}: {process.stdout.read()}"
+            return happened()
+
+        wait_until(seen, START_S, what)
+
+
+@pytest.fixture
+def client(engine: Engine, image: str, tmp_path: Path) -> Iterator[Client]:
+    with Cloud(image) as cloud:
+        cloud.account.make_volume("nanochat", "CA-MTL-1", 10)
+        yield Client(cloud, tmp_path, image)
+
+
+def losses(lines: str) -> list[tuple[str, int, float]]:
+    """(stage, step, loss) with the last line of every step, as a reader of metrics.jsonl does."""
+    last: dict[tuple[str, int], float] = {}
+    for line in lines.splitlines():
+        record = json.loads(line)
+        if "loss" in record:
+            last[record["stage"], record["step"]] = record["loss"]
+    return sorted((stage, step, loss) for (stage, step), loss in last.items())
+
+
+def test_a_killed_pod_is_resumed_with_equal_metrics(
+    client: Client, engine: Engine, image: str
+) -> None:
+    with engine.volume() as volume:
+        reference = engine.start(
+            "run", "@configs/e2e.toml", volumes={volume: {"bind": "/workspace"}}
+        )
+        first = client.start(*client.launch())
+
+        def is_training() -> bool:
+            pods = client.cloud.account.alive()
+            told = client.shown(pods[0], f"{RUN}/metrics.jsonl") if pods else ""
+            return '"step": 12,' in told or '"mid_train"' in told
+
+        client.wait_for(is_training, first, "the first pod trains")
+        killed = client.pod()
+        client.cloud.account.preempt(killed.id)
+        assert first.wait(120) == 75, first.stdout.read()  # type: ignore[union-attr]
+        code, output = client.run(*client.launch())
+        assert code == 0, output
+        assert "done" in output, "the log of the run comes through"
+        ended = engine.wait(reference)
+        assert ended.exit_code == 0, ended.output
+        wanted = losses(engine.shell(volume, f"cat {RUN}/metrics.jsonl"))
+    assert losses(client.on_volume(engine, f"cat {RUN}/metrics.jsonl")) == wanted
+    assert len(wanted) > 20
+    assert client.cloud.account.alive() == [], "nothing is billed any more"
+    # the pod has ended itself: the call came from the pod's network
+    last = [p for p in client.cloud.account.pods.values() if p.id != killed.id][-1]
+    assert str(last.ended_by).startswith("172.30.")
+    assert "manifest.json" in client.on_volume(engine, f"ls -R {RUN}/checkpoints")
+
+
+def test_the_budget_ends_the_run_and_the_pod(client: Client, engine: Engine) -> None:
+    """$0.08 at $1.20 per hour: four minutes, boot and end included."""
+    account = client.cloud.account
+    account.price_factor = 20.0
+    max_usd = 0.08
+    code, output = client.run(
+        *client.launch(
+            f"budget.max_usd={max_usd}",
+            "budget.checkpoint_every_s=5.0",
+            "base_train.num_steps=1000000",
+        )
+    )
+    assert code == 76, output
+    assert account.alive() == []
+    assert 0.0 < account.spent_usd() <= max_usd
+    assert account.spent_usd() > 0.4 * max_usd, "the money was used"
+    status = json.loads(client.on_volume(engine, f"cat {RUN}/status.json"))
+    assert (status["exit_code"], status["stop_reason"]) == (76, "budget")
+    assert "val_bpb" in client.on_volume(engine, f"cat {RUN}/report.md")
+    found = client.on_volume(engine, f"ls {RUN}/checkpoints/base_train/*/manifest.json")
+    assert "manifest.json" in found
+    code, output = client.run("reap")
+    assert code == 0 and "no pod" in output
+
+
+def test_a_refused_end_is_asked_again_and_reaped(client: Client) -> None:
+    """The provider refuses terminate for a while: `reap` says so, and finishes it."""
+    client.cloud.account.faults["podTerminate"] = Fault(times=6, message="try later", status=500)
+    process = client.start(*client.launch("budget.max_usd=0.0001", "--detach"))
+    client.wait_for(lambda: bool(client.cloud.account.alive()), process, "a pod")
+    process.wait(START_S)
+    time.sleep(5.0)  # the label's money is gone
+    code, output = client.run("reap")
+    assert code == 1 and "refused" in output, output
+    code, output = client.run("reap")
+    assert code == 0, output
+    assert client.cloud.account.alive() == []
+
+
+@pytest.mark.long
+def test_no_capacity_unfit_prices_and_boot_failures_fall_through(client: Client) -> None:
+    """Stock-outs take the next rung, a pod that does not come up is ended and another asked for."""
+    account = client.cloud.account
+    account.faults["deploy"] = Fault(times=1)
+    code, output = client.run(*client.launch("--volume", "none", "--detach"))
+    assert code == 0, output
+    assert "no longer any instances" not in output
+    assert len(account.alive()) == 1
+    code, output = client.run(*client.launch())
+    assert code == 78 and "has pod" in output, "two pods would write one run directory"
+    code, output = client.run("stop", "e2e")
+    assert code in (0, 75), output
+    assert account.alive() == []
+
+
+@pytest.mark.long
+def test_an_exited_pod_is_noticed_and_ended(client: Client) -> None:
+    process = client.start(*client.launch())
+
+    def trains() -> bool:
+        pods = client.cloud.account.alive()
+        return bool(pods) and bool(client.shown(pods[0], f"{RUN}/metrics.jsonl"))
+
+    client.wait_for(trains, process, "a run")
+    client.cloud.account.exit_pod(client.pod().id)
+    assert process.wait(120) == 75
+    assert client.cloud.account.alive() == []

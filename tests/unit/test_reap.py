@@ -1,0 +1,85 @@
+"""`reap` ends what is ours and past its bound, and nothing else."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from infra import reap
+from infra.runpod_api import Pod, ProviderError
+
+
+def pod(pod_id: str = "p", age_s: float = 3600.0, status: str = "RUNNING", **labels: str) -> Pod:
+    address = ("127.0.0.1", 22)
+    return Pod(pod_id, f"nanochat-{pod_id}", status, 10.0, age_s, labels, address)
+
+
+class Account:
+    """Pods of an account; the first `refuse` ends are refused."""
+
+    def __init__(self, *pods: Pod, refuse: int = 0) -> None:
+        self.there = list(pods)
+        self.refuse = refuse
+
+    def pods(self) -> list[Pod]:
+        return list(self.there)
+
+    def terminate(self, pod_id: str) -> None:
+        if self.refuse > 0:
+            self.refuse -= 1
+            raise ProviderError("try later")
+        self.there = [p for p in self.there if p.id != pod_id]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "launches.jsonl"
+
+
+def actions(account: Account, file: Path, dry_run: bool = False) -> list[str]:
+    return [r.action for r in reap.reap(account, dry_run, file, sleep=lambda _: None)]
+
+
+def test_a_pod_within_its_budget_is_kept(file: Path) -> None:
+    assert actions(Account(pod(run="a", max_usd="10.01")), file) == ["kept"]
+
+
+def test_a_pod_past_its_budget_or_its_hours_is_ended(file: Path) -> None:
+    over = Account(pod(run="a", max_usd="9.99"))
+    assert actions(over, file, dry_run=True) == ["would end"] and over.there
+    assert actions(over, file) == ["ended"] and not over.there
+    late = Account(pod(run="a", until=str(time.time() - 1)))
+    assert actions(late, file) == ["ended"]
+
+
+def test_a_stopped_pod_and_one_that_never_came_up_are_ended(file: Path) -> None:
+    assert actions(Account(pod(status="EXITED")), file) == ["ended"]
+    young, old = (
+        Pod("x", "nanochat-x", "RUNNING", 1.0, age_s, {}) for age_s in (60.0, reap.BOOT_S + 1)
+    )
+    assert actions(Account(young), file) == ["kept"]
+    assert actions(Account(old), file) == ["ended"]
+
+
+def test_the_pods_of_others_are_never_touched(file: Path) -> None:
+    other = Pod("x", "stable-diffusion", "EXITED", 1.0, 1e6, {})
+    assert actions(Account(other), file) == []
+
+
+def test_a_refusal_is_asked_again_and_then_said(file: Path) -> None:
+    assert actions(Account(pod(run="a", max_usd="1"), refuse=2), file) == ["ended"]
+    account = Account(pod(run="a", max_usd="1"), refuse=100)
+    assert actions(account, file) == ["refused"] and account.there
+
+
+def test_earlier_pods_count_against_the_next_one(file: Path) -> None:
+    now = time.time()
+    reap.note_launch("made", "a", "p1", file, usd_per_hour=10.0, born=now - 3600.0)
+    reap.note_launch("ended", "a", "p1", file, usd_per_hour=20.0)
+    reap.note_launch("made", "b", "p2", file, usd_per_hour=10.0, born=now - 3600.0)
+    assert reap.spent_before("a", file) == pytest.approx(20.0, rel=0.01)
+
+
+def test_a_price_that_fell_does_not_make_the_past_cheaper(file: Path) -> None:
+    reap.note_launch("made", "a", "p", file, usd_per_hour=40.0, max_usd=30.0)
+    assert actions(Account(pod(run="a", max_usd="30")), file) == ["ended"]
