@@ -21,8 +21,9 @@ from nanochat.scaling import GPTConfig
 class KVCache:
     """Keys and values, per layer [n_rows, n_kv_head, max_len, head_dim], and every row's length.
 
-    A tensor per layer, so that a compiled step writes into each where it lies. `lengths` (CPU int64, [n_rows]) counts the valid tokens of each row; what lies behind them is
-    never attended to. A view made by `rows` shares storage and lengths with its parent.
+    A tensor per layer, so that a compiled step writes into each where it lies. `lengths` (CPU
+    int64, [n_rows]) counts the valid tokens of each row; what lies behind them is never attended
+    to. A view made by `rows` shares storage and lengths with its parent.
     """
 
     def __init__(
