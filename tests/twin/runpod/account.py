@@ -80,6 +80,8 @@ class Account:
         self.boot_s = 0.0
         self.fails_to_boot = 0
         """This many of the next pods never get a port, as on a broken host."""
+        self.on_start: str | None = None
+        """A shell command run in every new pod, e.g. one that breaks its set-up."""
         self.extra_env: dict[str, str] = {}
         """Added to the environment of every pod, by the test."""
         self._templates: dict[str, Json] = {}
@@ -176,6 +178,8 @@ class Account:
             mounts,
             (gpu_count, str(gpu_type or "")),
         )
+        if self.on_start:
+            self.engine.run(pod.container, "sh", "-c", self.on_start)
         return self._shown(pod)
 
     def _mounts(self, given: Json) -> dict[str, str]:

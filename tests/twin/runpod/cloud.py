@@ -76,6 +76,8 @@ class Cloud:
             "REQUESTS_CA_BUNDLE": str(self.bundle),
             "SSL_CERT_FILE": str(self.bundle),
             "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
+            # pip's word for --no-build-isolation: SkyPilot's wheel is built without an index
+            "PIP_NO_BUILD_ISOLATION": "false",
         }
 
     def _certificates(self) -> None:
