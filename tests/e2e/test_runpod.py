@@ -62,7 +62,9 @@ class Client:
 
     def shown(self, pod: Pod, path: str) -> str:
         """A file in a pod; empty where there is none."""
-        text = self.cloud.engine.run(str(pod.container), "cat", path)
+        if pod.container is None:
+            return ""
+        text = self.cloud.engine.run(pod.container, "cat", path)
         return "" if text.startswith("cat:") else text
 
     def on_volume(self, engine: Engine, script: str) -> str:

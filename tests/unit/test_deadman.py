@@ -1,0 +1,111 @@
+"""The dead man's switch ends a pod in which no run lives, or whose money is gone."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from infra import deadman
+from infra.deadman import Switch
+from infra.runpod_api import RunPodApi, api_key, labels_of
+from nanochat.rundir import RunDir, append_jsonl, atomic_write_json
+from tests.unit.test_supervisor import make_spec
+
+
+class Provider:
+    """Answers as RunPod does for one pod; `lost` makes every call fail."""
+
+    def __init__(self, usd_per_hour: float = 36.0, uptime_s: float = 0.0) -> None:
+        self.usd_per_hour = usd_per_hour
+        self.uptime_s = uptime_s
+        self.lost = False
+        self.ended = False
+
+    def post(self, _url: str, _headers: dict[str, str], body: bytes) -> bytes:
+        if self.lost:
+            raise OSError("timed out")
+        if "podTerminate" in json.loads(body)["query"]:
+            self.ended = True
+            return b'{"data": {"podTerminate": null}}'
+        shown = {"id": "p", "costPerHr": self.usd_per_hour, "uptimeSeconds": self.uptime_s}
+        return json.dumps({"data": {"pod": shown}}).encode()
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The clock, in a box."""
+    clock = [1e9]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    return clock
+
+
+def a_run(home: Path, max_usd: float, start: float) -> RunDir:
+    run = RunDir(home / "runs" / "t")
+    run.create()
+    run.freeze_spec(make_spec(budget={"max_usd": max_usd}))
+    atomic_write_json(home / "current-run.json", str(run.path))
+    line = {"event": "start", "time": start, "usd_per_hour": 36.0, "instance": "p"}
+    append_jsonl(run.ledger_file, line)
+    return run
+
+
+def test_silence_ends_the_pod_and_any_sign_of_life_puts_it_off(
+    tmp_path: Path, now: list[float]
+) -> None:
+    run = a_run(tmp_path, 1e6, now[0])
+    switch = Switch(tmp_path, "p", RunPodApi("k", post=Provider().post))
+    for _ in range(5):
+        now[0] += deadman.SILENCE_S - 10
+        os.utime(run.ledger_file, (now[0], now[0]))
+        assert switch.reason_to_end() is None
+    now[0] += deadman.SILENCE_S + 1
+    assert "no run has given a sign of life" in str(switch.reason_to_end())
+
+
+def test_a_pod_without_any_run_is_ended_too(tmp_path: Path, now: list[float]) -> None:
+    switch = Switch(tmp_path, "p", None)
+    assert switch.reason_to_end() is None
+    now[0] += deadman.SILENCE_S + 1
+    assert switch.reason_to_end() is not None
+
+
+def test_a_server_is_life(tmp_path: Path, now: list[float]) -> None:
+    switch = Switch(tmp_path, "p", None, is_serving=lambda: True)
+    now[0] += 10 * deadman.SILENCE_S
+    assert switch.reason_to_end() is None
+
+
+def test_the_ledger_is_counted_without_the_supervisor(tmp_path: Path, now: list[float]) -> None:
+    """$1 at $36 per hour is 100 s; at twice the price that the API tells, 50 s."""
+    a_run(tmp_path, 1.0, now[0])
+    switch = Switch(tmp_path, "p", RunPodApi("k", post=Provider(36.0).post))
+    now[0] += 90
+    assert switch.reason_to_end() is None
+    now[0] += 8
+    assert "budget" in str(switch.reason_to_end())
+    dearer = Switch(tmp_path, "p", RunPodApi("k", post=Provider(72.0).post))
+    now[0] -= 40
+    assert "budget" in str(dearer.reason_to_end())
+
+
+def test_the_label_holds_without_a_run(tmp_path: Path, now: list[float]) -> None:
+    provider = Provider(36.0, uptime_s=0.0)
+    switch = Switch(tmp_path, "p", RunPodApi("k", post=provider.post), max_usd=1.0, born=now[0])
+    assert switch.reason_to_end() is None
+    provider.lost = True
+    now[0] += 96
+    assert "may" in str(switch.reason_to_end())
+    assert not switch.end()
+    provider.lost = False
+    assert switch.end() and provider.ended
+
+
+def test_keys_and_labels(tmp_path: Path) -> None:
+    assert api_key({"RUNPOD_API_KEY": "a", "HOME": str(tmp_path)}) == "a"
+    (tmp_path / ".runpod").mkdir()
+    (tmp_path / ".runpod" / "config.toml").write_text('[default]\napi_key = "b"\n')
+    assert api_key({"HOME": str(tmp_path)}) == "b"
+    assert labels_of(["NANOCHAT_LABEL_RUN=d20", "HF_TOKEN=secret"]) == {"run": "d20"}
