@@ -189,7 +189,7 @@ class Account:
         volume = self.volumes.get(str(volume_id))
         if volume is None:
             raise Refused(f"network volume {volume_id} does not exist")
-        if given.get("cloudType", "SECURE") != "SECURE":
+        if given.get("cloudType") == "COMMUNITY":  # a CPU pod is asked for with ALL
             raise Refused("network volumes are for secure cloud only")
         centres = str(given.get("dataCenterId") or "").split(",")
         if volume["dataCenterId"] not in centres:
