@@ -214,7 +214,8 @@ def shell(tmp_path: Path) -> Shell:
         "apptainer": "[ -z \"${WAIT:-}\" ] || { trap 'exit 75' TERM; touch $READY; "
         'for i in $(seq 300); do sleep 0.1; done; }\nexit "${CODE:-0}"\n',
         # like SLURM, it ends the shell that asks, and whatever that has started
-        "scontrol": 'case "$1" in requeue) kill -TERM $PPID; kill -TERM $$; exit "${NO_REQUEUE:-0}" ;; '
+        "scontrol": 'case "$1" in '
+        'requeue) kill -TERM $PPID; kill -TERM $$; exit "${NO_REQUEUE:-0}" ;; '
         'show) echo "JobState=${STATE:-RUNNING}" ;; esac\n',
         "sbatch": "echo 1001\n",
     }
