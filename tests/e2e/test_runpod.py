@@ -16,7 +16,7 @@ from tests.twin.runpod.account import Fault, Pod
 from tests.twin.runpod.cloud import Cloud
 from tests.twin.runpod.sdk import python_with_sdk
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(1800)]
 
 RUN = "/workspace/nanochat/runs/e2e"
 START_S = 400.0
