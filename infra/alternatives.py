@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.hardware import OFFERS, Offer
+from nanochat.scaling import gpt_config
 from nanochat.spec import RunSpec, SpecError, load_spec
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def _shipped(plan: "Plan", make_plan: MakePlan) -> list[dict[str, Any]]:
     for name in SENSIBLE:
         if name == plan.spec.name or not (CONFIGS / f"{name}.toml").exists():
             continue
-        other = make_plan(_load(name), look_further=False)
+        other = _plan_of(name, make_plan)
         if other.verdict == "refused" or other.n_params >= plan.n_params:
             continue
         if most is None or other.usd <= most:
@@ -59,22 +60,38 @@ def _shipped(plan: "Plan", make_plan: MakePlan) -> list[dict[str, Any]]:
 
 
 @functools.cache
-def _load(name: str) -> RunSpec:
-    return load_spec(CONFIGS / f"{name}.toml")
+def _plan_of(name: str, make_plan: MakePlan) -> "Plan":
+    return make_plan(load_spec(CONFIGS / f"{name}.toml"), look_further=False)
 
 
 def _smaller(plan: "Plan", make_plan: MakePlan) -> list[dict[str, Any]]:
-    """The largest smaller depth that works on the same offer."""
-    spec = plan.spec
-    for depth in range(spec.model.depth - 1, 0, -1):
-        if depth > 8 and depth % 2:
-            continue
-        model = spec.model.model_copy(update={"depth": depth})
-        other = _try(spec.model_copy(update={"model": model}), plan.offer, make_plan)
+    """The largest smaller depth that works on the same offer, by bisection: a deeper model takes
+    more memory, time and money."""
+    spec, best = plan.spec, None
+    depths = [d for d in range(1, spec.model.depth) if (d <= 8 or d % 2 == 0) and _has(spec, d)]
+    while depths:
+        depth = depths[len(depths) // 2]
+        other = _try(_of_depth(spec, depth), plan.offer, make_plan)
         if other is not None:
-            config = f"{spec.name} model.depth={depth}"
-            return [_entry(config, other, f"the largest depth that works on {plan.offer.name}")]
-    return []
+            best = other
+        depths = [d for d in depths if (d > depth if other is not None else d < depth)]
+    if best is None:
+        return []
+    config = f"{spec.name} model.depth={best.config.n_layer}"
+    return [_entry(config, best, f"the largest depth that works on {plan.offer.name}")]
+
+
+def _of_depth(spec: RunSpec, depth: int) -> RunSpec:
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"depth": depth})})
+
+
+def _has(spec: RunSpec, depth: int) -> bool:
+    """Whether the spec's heads allow a depth."""
+    try:
+        gpt_config(_of_depth(spec, depth).model)
+    except SpecError:
+        return False
+    return True
 
 
 def _other_offers(spec: RunSpec, offer: Offer, make_plan: MakePlan) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ Each rate stands here once, with where it comes from; none decides whether a run
 but together they are a tenth of the bill.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from infra.memory import Layout
 from infra.throughput import decode_s, forward_s
 from nanochat.scaling import GPTConfig, checkpoint_bytes
 from nanochat.spec import Data, RunSpec, TrainStage
-from nanochat.touches import package_lock, touched_files
+from nanochat.touches import package_lock, published_paths
 
 BOOT_S = 600.0
 """Rented machine until our code runs: cold boot and image pull, 6 to 10 minutes (union.ai)."""
@@ -102,8 +103,13 @@ def validation_tokens(spec: RunSpec, stage: TrainStage) -> float:
 
 def fetch_bytes(spec: RunSpec) -> float:
     """Bytes that the network brings for the stages that are switched on."""
+    return _bytes_of(published_paths(spec))
+
+
+@functools.lru_cache(maxsize=64)
+def _bytes_of(paths: tuple[str, ...]) -> float:
     total = 0.0
-    for path in {touch.path for touch in touched_files(spec) if touch.required}:
+    for path in paths:
         source, _, name = path.partition("/")
         known = package_lock().get(source)
         if known is not None:

@@ -34,7 +34,7 @@ from nanochat.touches import (
     data_roots,
     folder_lock,
     package_lock,
-    touched_files,
+    published_paths,
 )
 
 NUM_CONNECTIONS = 8
@@ -162,10 +162,7 @@ def check(spec: RunSpec, to: Path | None = None, *, lock: Lock | None = None) ->
 def _wanted(spec: RunSpec, roots: tuple[Path, ...], lock: Lock | None) -> list[Wanted]:
     """Files of the spec's stages, each once; whole ones with their place."""
     sources = lock or package_lock()
-    paths = dict.fromkeys(
-        t.path for t in touched_files(spec) if t.required and not Path(t.path).is_absolute()
-    )
-    return [_look(path, roots, sources) for path in paths]
+    return [_look(path, roots, sources) for path in published_paths(spec)]
 
 
 def _look(path: str, roots: tuple[Path, ...], sources: Lock) -> Wanted:

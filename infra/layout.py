@@ -1,5 +1,6 @@
 """How the training stages of a spec lie on an offer: ranks, sharding, recomputation, batches."""
 
+import bisect
 import math
 from dataclasses import replace
 
@@ -80,10 +81,14 @@ def _fit(spec: RunSpec, offer: Offer, c: GPTConfig, layout: Layout, first: Stage
     if stage.device_batch_size == "auto":
         most = first.device_batch_size if offer.cpu else rows_per_rank
         sizes = [d for d in divisors(rows_per_rank) if d <= most]
-    for rows in reversed(sizes):
-        memory = step_memory(c, layout, rows, offer)
-        if memory.fits:
-            break
+    memory = step_memory(c, layout, sizes[-1], offer)
+    if not memory.fits:  # more rows never take less memory
+        first_too_many = bisect.bisect_left(
+            sizes[1:-1], True, key=lambda rows: not step_memory(c, layout, rows, offer).fits
+        )
+        sizes = sizes[: first_too_many + 1]
+        memory = step_memory(c, layout, sizes[-1], offer)
+    rows = sizes[-1]
     numbers = replace(first, device_batch_size=rows, grad_accum_steps=rows_per_rank // rows)
     return numbers, memory
 

@@ -11,7 +11,7 @@
 import functools
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from infra.hardware import GIB, Offer
 from nanochat.scaling import GPTConfig, num_params, num_params_per_layer
@@ -107,21 +107,29 @@ class Memory:
 def step_memory(c: GPTConfig, layout: Layout, rows: int, offer: Offer) -> Memory:
     """Largest memory of a step with `rows` rows per device and forward pass."""
     tokens = rows * c.seq_len
-    weights = float(4 * held_params(c, layout))
-    before = Memory(
+    weights, optimizer, loose = state_bytes(c, layout)
+    activations = activation_bytes(c, layout, tokens)
+    logits = logit_bytes(c, layout, tokens)
+    in_tensors = 2 * weights + optimizer + activations + logits
+    return Memory(
         params=weights,
         grads=weights,
-        optimizer=float(optimizer_bytes(c, layout)),
-        activations=activation_bytes(c, layout, tokens),
-        logits=logit_bytes(c, layout, tokens),
-        overhead=0.0,
+        optimizer=optimizer,
+        activations=activations,
+        logits=logits,
+        overhead=FRAGMENTATION * in_tensors + loose,
         available=offer.memory_gib * GIB * USABLE_SHARE[offer.cpu],
     )
-    matrices = c.n_layer * num_params_per_layer(c)
-    stale = layout.code.stale_bytes_per_matrix_param * matrices
+
+
+@functools.lru_cache(maxsize=1024)
+def state_bytes(c: GPTConfig, layout: Layout) -> tuple[float, float, float]:
+    """Whatever the rows are: weights, optimizer state, and the overhead of context, casts of the
+    weights and the last step's buffers."""
+    stale = layout.code.stale_bytes_per_matrix_param * c.n_layer * num_params_per_layer(c)
     stale += layout.code.stale_bytes_per_param * num_params(c)
-    loose = CONTEXT_BYTES[layout.cpu] + FRAGMENTATION * before.total
-    return replace(before, overhead=loose + weight_casts(c, layout) + stale)
+    loose = CONTEXT_BYTES[layout.cpu] + weight_casts(c, layout) + stale
+    return float(4 * held_params(c, layout)), float(optimizer_bytes(c, layout)), loose
 
 
 @functools.lru_cache(maxsize=1024)
@@ -132,7 +140,6 @@ def matrix_shapes(c: GPTConfig) -> Counter[tuple[int, int]]:
     return Counter({shape: c.n_layer * n for shape, n in Counter(per_layer).items()})
 
 
-@functools.lru_cache(maxsize=1024)
 def held_params(c: GPTConfig, layout: Layout) -> int:
     """Parameters on the first device: all, or its slice of each matrix (FSDP2 cuts rows)."""
     if not layout.fsdp:
@@ -142,7 +149,6 @@ def held_params(c: GPTConfig, layout: Layout) -> int:
     return matrices + 2 * math.ceil(c.vocab_size / parts) * c.n_embd
 
 
-@functools.lru_cache(maxsize=1024)
 def optimizer_bytes(c: GPTConfig, layout: Layout) -> int:
     """State on the first device: Muon's momentum of the matrices, AdamW's two moments of the ends.
 

@@ -4,6 +4,7 @@ One author for derived numbers: the planner prices with them and the stages trai
 arithmetic, no torch, so that a plan costs milliseconds and a laptop can plan for eight GPUs.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -58,6 +59,7 @@ def gpt_config(model: Model) -> GPTConfig:
     )
 
 
+@functools.lru_cache(maxsize=1024)
 def _num_heads(n_embd: int, head_dim: int) -> int:
     """Heads of an even width (RoPE turns pairs) whose number is nearest to n_embd / head_dim."""
     ideal = n_embd / head_dim
@@ -65,10 +67,11 @@ def _num_heads(n_embd: int, head_dim: int) -> int:
     return min(able, key=lambda h: (abs(h - ideal), -h))
 
 
-def divisors(n: int) -> list[int]:
+@functools.lru_cache(maxsize=1024)
+def divisors(n: int) -> tuple[int, ...]:
     """All divisors of n, ascending."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return small + [n // d for d in reversed(small) if d * d != n]
+    return (*small, *(n // d for d in reversed(small) if d * d != n))
 
 
 def num_params_per_layer(c: GPTConfig) -> int:

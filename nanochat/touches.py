@@ -28,6 +28,8 @@ FINEWEB_LAST_SHARD = 1_822
 VOCABULARIES = ("tokenizers/gpt2.tiktoken", "tokenizers/cl100k_base.tiktoken")
 """Published vocabularies that tok_train compares with, where somebody has put them there."""
 
+TEXT_STAGES = ("data_fetch", "tok_train", "base_train")
+
 Split = Literal["train", "validation", "test"]
 
 ONE = "00000-of-00001.parquet"
@@ -78,15 +80,44 @@ def touched_files(spec: RunSpec) -> list[Touch]:
 
     Raises SpecError for a task that has no such split, or for more shards than there are.
     """
-    touches = []
+    return list(_touches(*_reads(spec)))
+
+
+def published_paths(spec: RunSpec) -> tuple[str, ...]:
+    """Paths without which a stage cannot run and that a publisher has, each once, in run order."""
+    return _published(*_reads(spec))
+
+
+Reads = tuple[tuple[str, ...], tuple[tuple[str, str, Split], ...]]
+"""Files of the text; (stage, task, split) for every other stage, `` for the task of the text."""
+
+
+def _reads(spec: RunSpec) -> Reads:
+    """What of a spec its files follow from: little and hashable, since a plan asks for every model
+    that it tries, and hundreds of shards are the same for all of them."""
+    reads: list[tuple[str, str, Split]] = []
     for stage in spec.stages:
-        if stage in ("data_fetch", "tok_train", "base_train"):
-            touches += [Touch(stage, path) for path in _text_files(spec.data)]
+        if stage in TEXT_STAGES:
+            reads.append((stage, "", "train"))
+        reads += [(stage, task, split) for task, split in task_splits(spec, stage)]
+    return _text_files(spec.data), tuple(reads)
+
+
+@functools.lru_cache(maxsize=64)
+def _touches(text: tuple[str, ...], reads: tuple[tuple[str, str, Split], ...]) -> tuple[Touch, ...]:
+    touches = []
+    for stage, task, split in reads:
+        paths = task_files(task, split) if task else text
+        touches += [Touch(stage, path) for path in paths]
         if stage == "tok_train":
             touches += [Touch(stage, path, required=False) for path in VOCABULARIES]
-        for task, split in task_splits(spec, stage):
-            touches += [Touch(stage, path) for path in task_files(task, split)]
-    return touches
+    return tuple(touches)
+
+
+@functools.lru_cache(maxsize=64)
+def _published(text: tuple[str, ...], reads: tuple[tuple[str, str, Split], ...]) -> tuple[str, ...]:
+    needed = (touch.path for touch in _touches(text, reads) if touch.required)
+    return tuple(dict.fromkeys(path for path in needed if not Path(path).is_absolute()))
 
 
 def task_splits(spec: RunSpec, stage: str) -> list[tuple[str, Split]]:
@@ -112,14 +143,14 @@ def task_files(task: str, split: Split) -> tuple[str, ...]:
     return splits[split]
 
 
+@functools.lru_cache(maxsize=64)
 def fineweb_files(num_shards: int) -> tuple[tuple[str, ...], str]:
     """(training shards, validation shard). Raises SpecError for more shards than there are."""
     if num_shards > FINEWEB_LAST_SHARD:
         raise SpecError(
             f"data.num_shards = {num_shards}: fineweb_edu has {FINEWEB_LAST_SHARD} training shards"
         )
-    train, val = range(num_shards), FINEWEB_LAST_SHARD
-    return tuple(_shard(i) for i in train), _shard(val)
+    return tuple(_shard(i) for i in range(num_shards)), _shard(FINEWEB_LAST_SHARD)
 
 
 def _shard(index: int) -> str:
@@ -229,38 +260,43 @@ class SourceFacts:
 def source_facts(spec: RunSpec) -> list[SourceFacts]:
     """What the stages of a spec read from publishers, source by source."""
     paths: dict[str, list[str]] = {}
-    for touch in touched_files(spec):
-        if touch.required and not Path(touch.path).is_absolute():
-            paths.setdefault(touch.source, []).append(touch.path)
-    return [_source_facts(source, list(dict.fromkeys(found))) for source, found in paths.items()]
+    for path in published_paths(spec):
+        paths.setdefault(path.partition("/")[0], []).append(path)
+    roots = data_roots()
+    return [
+        _source_facts(source, found, tuple(root for root in roots if (root / source).exists()))
+        for source, found in paths.items()
+    ]
 
 
-def _source_facts(source: str, paths: list[str]) -> SourceFacts:
+def _source_facts(source: str, paths: list[str], roots: tuple[Path, ...]) -> SourceFacts:
+    """roots: the data folders that have the source."""
     shipped = package_lock()[source]
-    sizes, missing, first_seen = {}, [], 0
+    total_bytes = missing_bytes = missing = first_seen = 0
     for path in paths:
-        name = path.partition("/")[2]
-        entry = shipped["files"].get(name, {})
-        place = find(path)
+        entry = shipped["files"].get(path.partition("/")[2], {})
+        place = find(path, roots) if roots else None
         size = place.stat().st_size if place is not None else entry.get("size")
-        sizes[path] = size or shipped["about_bytes_per_file"]
+        size = size or shipped["about_bytes_per_file"]
+        total_bytes += size
         first_seen += entry.get("sha256") is None
         if place is None:
-            missing.append(path)
+            missing += 1
+            missing_bytes += size
     return SourceFacts(
         source=source,
         licence=shipped["licence"],
-        revision=shipped.get("revision") or _fetched_revision(source),
+        revision=shipped.get("revision") or _fetched_revision(source, roots),
         files=len(paths),
-        missing=len(missing),
-        bytes=sum(sizes.values()),
-        missing_bytes=sum(sizes[path] for path in missing),
+        missing=missing,
+        bytes=total_bytes,
+        missing_bytes=missing_bytes,
         first_seen=first_seen,
     )
 
 
-def _fetched_revision(source: str) -> str | None:
-    for root in data_roots():
+def _fetched_revision(source: str, roots: tuple[Path, ...]) -> str | None:
+    for root in roots:
         lock = read_json(root / source / LOCK_NAME)
         if isinstance(lock, dict) and isinstance(lock.get("revision"), str):
             return str(lock["revision"])
