@@ -10,7 +10,6 @@
 import difflib
 import json
 import tomllib
-import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -51,17 +50,13 @@ MACHINE_FIELDS = ("offer", "stop_grace_s", "budget", "checkpoint", "runtime", "s
 another machine, may change these."""
 
 
-def _known_task(name: str) -> str:
-    known = [*GENERATED_TASKS, *PUBLISHED_TASKS]
-    if name not in known:
-        raise ValueError(_unknown(name, known, "task"))
-    return name
+def _one_of(known: tuple[str, ...], kind: str) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in known:
+            raise ValueError(_unknown(name, list(known), kind))
+        return name
 
-
-def _rewarding_task(name: str) -> str:
-    if name not in RL_TASKS:
-        raise ValueError(_unknown(name, list(RL_TASKS), "task to reward"))
-    return name
+    return AfterValidator(check)
 
 
 class SpecError(ValueError):
@@ -83,7 +78,7 @@ class Section(BaseModel):
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0.0)]
-TaskName = Annotated[str, AfterValidator(_known_task)]
+TaskName = Annotated[str, _one_of(GENERATED_TASKS + PUBLISHED_TASKS, "task")]
 
 
 class Budget(Section):
@@ -334,7 +329,7 @@ class ChatSft(ChatStage):
 class ChatRl(Section):
     """Reinforcement learning on a task whose answers can be checked (simplified GRPO)."""
 
-    task: Annotated[str, AfterValidator(_rewarding_task)] = "gsm8k"
+    task: Annotated[str, _one_of(RL_TASKS, "task to reward")] = "gsm8k"
     """The task whose reward is maximised: arithmetic, copying, gsm8k, identity or spelling."""
     num_steps: Positive
     """Optimizer steps."""
@@ -509,10 +504,7 @@ def describe_fields() -> list[tuple[str, str, str]]:
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     """The section class in `X` or `X | None`."""
-    options = (annotation,)
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        options = typing.get_args(annotation)
-    for option in options:
+    for option in (annotation, *typing.get_args(annotation)):
         if isinstance(option, type) and issubclass(option, BaseModel):
             return option
     return None
@@ -575,14 +567,19 @@ def _explain(error: ValidationError, where: str) -> str:
         loc = [str(x) for x in item["loc"] if not str(x).startswith(("literal", "constrained"))]
         place = ".".join(loc) or "spec"
         if item["type"] == "extra_forbidden":
-            lines.append(f"{'.'.join(loc[:-1]) or 'top level'}: {_unknown_field(loc)}")
+            kind, known = "key" if loc[:-1] else "key or section", list(_fields_at(loc[:-1]))
+            at = ".".join(loc[:-1]) or "top level"
+            lines.append(f"{at}: {_unknown(loc[-1], known, kind)}")
         elif item["type"] == "missing":
             lines.append(f"{place}: missing, and it has no default. {_help(loc)}".strip())
         elif item["type"] == "value_error":
             lines.append(f"{place}: {item['msg'].removeprefix('Value error, ')}")
         else:
             got = json.dumps(item["input"], default=str)
-            lines.append(f"{place} = {got}: {item['msg'].lower()}. {_help(loc)}".strip())
+            wants = item["msg"][0].lower() + item["msg"][1:]
+            if item["type"] == "model_type":
+                wants = f"give a section: [{place}]"
+            lines.append(f"{place} = {got}: {wants}. {_help(loc)}".strip())
     return f"{where}: " + "\n  ".join(dict.fromkeys(lines))
 
 
@@ -595,11 +592,6 @@ def _fields_at(loc: list[str]) -> dict[str, Any]:
             return {}
         model = section
     return dict(model.model_fields)
-
-
-def _unknown_field(loc: list[str]) -> str:
-    known = list(_fields_at(loc[:-1]))
-    return _unknown(loc[-1], known, "key" if loc[:-1] else "key or section")
 
 
 def _help(loc: list[str]) -> str:

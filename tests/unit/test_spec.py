@@ -57,6 +57,7 @@ def test_overrides_are_toml_literals(config: Path) -> None:
         ("base_train.matrix_lr=fast", ["'fast'", "TOML literal", '"fast"']),
         ('base_train.horizon="budget"', ["exactly one", "num_steps, horizon"]),
         ("model=3", ["model.FIELD=value"]),
+        ('name="a/b"', ["name", '"a/b"', "[A-Za-z0-9]"]),
         ("name.x=3", ["name", "not a section"]),
         ("base_train.total_batch_size=100", ["100", "no multiple", "64"]),
         ("depth", ["section.field=value"]),
@@ -91,6 +92,12 @@ def test_unreadable_toml_names_the_line(config: Path) -> None:
 def test_a_missing_required_field_says_what_it_is(config: Path) -> None:
     config.write_text('name = "x"\n[model]\n')
     with pytest.raises(SpecError, match=r"model\.depth: missing.*Number of layers"):
+        load_spec(config)
+
+
+def test_a_value_in_place_of_a_section_says_how_one_is_written(config: Path) -> None:
+    config.write_text('name = "x"\nmodel = 4\n')
+    with pytest.raises(SpecError, match=r"model = 4: give a section: \[model\]"):
         load_spec(config)
 
 
