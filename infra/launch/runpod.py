@@ -595,7 +595,6 @@ def _sdk() -> Any:
     try:
         import runpod
     except ImportError:
-        raise LaunchError("the RunPod SDK is missing: pip install 'nanochat-kit[cloud]'") from None
-    api = connect_or_explain()
-    runpod.api_key = api._key
+        raise LaunchError("the RunPod SDK is missing: `make cloud-venv` (docs/cloud.md)") from None
+    runpod.api_key = connect_or_explain()._key
     return runpod

@@ -1,5 +1,5 @@
-"""A Python that has the RunPod SDK beside the packages of the kit, as after `pip install
-'nanochat-kit[cloud]'`; made once in build/.
+"""A Python that has the RunPod SDK beside the packages of the kit, as in the environment of
+`make cloud-venv`; made once in build/.
 
 The SDK's dependencies and the kit's lock do not fit into one environment (dateutil), so the SDK has
 its own, which finds everything else in the environment of the tests.
