@@ -31,6 +31,8 @@ REAP_PERIOD_S = 600.0
 SAVE_EVERY_S = 60.0
 RESTART_S = 30.0
 """A container that ended is started again by the provider within this time."""
+LATEST_S = 12.0
+"""A busy machine wakes a sleeper this late."""
 QUOTED_USD_PER_HOUR = 20.0
 EPOCH = 1.9e9
 FOREVER = 1e7
@@ -61,7 +63,10 @@ class Pod:
 
     def bill_usd(self, now: float) -> float:
         """Whole ticks, each at the price of its moments."""
-        end = self.born + TICK_S * -(-((self.ended or now) - self.born) // TICK_S)
+        return self.usd_until(self.born + TICK_S * -(-((self.ended or now) - self.born) // TICK_S))
+
+    def usd_until(self, end: float) -> float:
+        """Of its life until a moment, to the second."""
         usd = 0.0
         for (since, price), following in itertools.zip_longest(self.prices, self.prices[1:]):
             until = min(end, following[0]) if following else end
@@ -109,6 +114,9 @@ class World:
         self.pods: dict[str, Pod] = {}
         self.price = QUOTED_USD_PER_HOUR
         self.outages: list[tuple[float, float]] = []
+        self.stalls: list[tuple[float, float]] = []
+        self.deaths: list[float] = []
+        """Moments at which a container died that is started again."""
         self.trained_s: dict[str, float] = {}
 
     # -- time
@@ -117,8 +125,10 @@ class World:
         actor = self.current
         assert actor is not None, "only actors sleep"
         if not actor.killed:
-            late_s = self.rng.uniform(3.0, 12.0)  # a busy machine wakes late
+            late_s = self.rng.uniform(3.0, LATEST_S)  # a busy machine wakes late
             wake = self.now + max(seconds, late_s) + actor.hang_s
+            if actor.hang_s:
+                self.stalls.append((wake - actor.hang_s, wake))
             actor.hang_s = 0.0
             self.at(wake, actor)
             self.back.release()
@@ -231,6 +241,17 @@ class World:
 
     def bill_usd(self) -> float:
         return sum(p.bill_usd(self.now) for p in self.pods.values())
+
+    def moment_of(self, usd: float) -> float:
+        """When so much was spent, by bisection; the present where it was not."""
+        low, high = 0.0, self.now
+        while high - low > 0.1:
+            middle = (low + high) / 2
+            ends = ((p, min(middle, p.ended or middle)) for p in self.pods.values())
+            low, high = (
+                (low, middle) if sum(p.usd_until(e) for p, e in ends) >= usd else (middle, high)
+            )
+        return low
 
     def alive(self) -> list[Pod]:
         return [p for p in self.pods.values() if p.ended is None]

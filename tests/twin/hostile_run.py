@@ -13,12 +13,13 @@ from infra.launch.base import POD_PREFIX, Job, LaunchError
 from infra.launch.runpod import Launcher, RunPodOptions, Volume
 from infra.meter import ASK_EVERY_S, Meter, Price
 from infra.runpod_api import RunPodApi
-from infra.supervisor import Supervisor
+from infra.supervisor import END_OF_POD_S, Supervisor
 from nanochat.checkpoint_dir import CheckpointDir
 from nanochat.rundir import EXIT_BUDGET, EXIT_DONE, RunDir
 from nanochat.spec import RunSpec
 from tests.twin.hostile import (
     FOREVER,
+    LATEST_S,
     PLAN,
     QUOTED_USD_PER_HOUR,
     REAP_PERIOD_S,
@@ -66,7 +67,6 @@ class Schedule:
         self.switches: dict[str, Actor] = {}
         self.exit_codes: list[int | None] = []
         self.finished = False
-        self.longest_hang_s = 0.0
 
     # -- what lives where
 
@@ -198,6 +198,7 @@ class Schedule:
         """Everything in it dies; the provider starts it again."""
         if pod := self._someone():
             pod.up = False
+            self.world.deaths.append(self.world.now)
             self.world.kill_pod_actors(pod.id)
             self.world.at(self.world.now + RESTART_S, lambda: self.restart(pod))
 
@@ -214,7 +215,6 @@ class Schedule:
         """The supervisor stands still for a while (a slow volume, SIGSTOP), and wakes up."""
         if (pod := self._someone()) and pod.id in self.supervisors:
             self.supervisors[pod.id].hang_s = self.rng.uniform(30.0, 600.0)
-            self.longest_hang_s = max(self.longest_hang_s, self.supervisors[pod.id].hang_s)
 
     def freeze(self) -> None:
         """The supervisor's stop is dead: it never acts again, here and on every later pod."""
@@ -226,7 +226,8 @@ class Schedule:
 
     def play(self) -> Result:
         world = self.world
-        with clock_of(world):
+        # podrun says on stderr what it asks for again: thousands of lines over all schedules
+        with clock_of(world), contextlib.redirect_stderr(io.StringIO()):
             try:
                 self.plant()
                 client = world.spawn(self.client)
@@ -260,28 +261,32 @@ class Schedule:
         price = max(
             [QUOTED_USD_PER_HOUR, *(p for pod in world.pods.values() for _, p in pod.prices)]
         )
-        outage_s = max((b - a for a, b in merged(world.outages)), default=0.0)
-        absent_s = TICK_S + RESTART_S * (outlook.kills > 0)
+        # from here on an absence is not made up for: before, the stop is not due yet
+        due = world.moment_of(outlook.max_usd - price / 3600.0 * END_OF_POD_S)
+        late_deaths = sum(moment + RESTART_S > due for moment in world.deaths)
+        absent_s = TICK_S + RESTART_S * max(outlook.kills > 0, late_deaths)
         if "switch" in outlook.dead:
+            stalled_s = sum(max(0.0, min(b, world.now) - max(a, due)) for a, b in world.stalls)
             if "supervisor" in outlook.dead:
                 absent_s += REAP_PERIOD_S
+            elif "reap" in outlook.dead:
+                absent_s += stalled_s
             else:
-                absent_s += (
-                    min(self.longest_hang_s, REAP_PERIOD_S)
-                    if ("reap" not in outlook.dead)
-                    else self.longest_hang_s
-                )
+                absent_s += min(stalled_s, REAP_PERIOD_S)
         if outlook.lost_api:
+            only_reap = {"supervisor", "switch"} <= outlook.dead
+            gap_s = REAP_PERIOD_S if only_reap else deadman.RETRY_S[-1] + LATEST_S
+            outage_s = max((b - a for a, b in merged(world.outages, gap_s)), default=0.0)
             absent_s += outage_s + (REAP_PERIOD_S if outlook.dead else 0.0)
         moved_s = TICK_S * outlook.moves  # a rise is known a minute later
         return outlook.max_usd + price / 3600.0 * (absent_s + moved_s)
 
 
-def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Overlapping outages are one."""
+def merged(spans: list[tuple[float, float]], gap_s: float) -> list[tuple[float, float]]:
+    """Outages that overlap, or between which no stop need have asked, are one."""
     out: list[tuple[float, float]] = []
     for begin, end in sorted(spans):
-        if out and begin <= out[-1][1]:
+        if out and begin <= out[-1][1] + gap_s:
             out[-1] = (out[-1][0], max(out[-1][1], end))
         else:
             out.append((begin, end))
