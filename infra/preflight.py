@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import sys
 import sysconfig
 import time
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from infra import hardware, nodes
 from infra.hardware import GIB
 from nanochat import sandbox
 from nanochat.rundir import EXIT_DONE, EXIT_SPEC, EXIT_UNFIT_NODE, RunDir, nanochat_home
-from nanochat.spec import RunSpec
+from nanochat.spec import RunSpec, SpecError
 from nanochat.touches import missing_files, roots_text
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Fact:
 def preflight(spec: RunSpec, plan: "Plan", run_dir: RunDir) -> list[Problem]:
     """Everything that would end this run early on this machine; empty when it can start."""
     facts = [
+        *_tools(),
         *_writable(run_dir.path),
         *_gpus(spec, plan),
         *_compiler(spec),
@@ -130,12 +132,8 @@ def _machine() -> list[Fact]:
 
 def cuda_version() -> str | None:
     """CUDA that the installed torch was built for, from package metadata."""
-    for name in ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu13", "nvidia-cuda-runtime-cu12"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+    names = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu13", "nvidia-cuda-runtime-cu12")
+    return next(filter(None, map(_version, names)), None)
 
 
 def _driver(driver: str, cuda: str) -> Fact:
@@ -159,14 +157,31 @@ def _tools() -> list[Fact]:
     """Python and the packages that the stages import; cargo matters where one is missing."""
     facts = [Fact("Python", platform.python_version(), "ok")]
     for name, package, fix in (
-        ("torch", "torch", "make setup"),
-        ("tokenizer", "rustbpe", f"make setup ({_cargo()})"),
+        ("torch", "torch", "make setup, then .venv/bin/nanochat"),
+        ("tokenizer", "rustbpe", f"make setup ({_cargo()}), then .venv/bin/nanochat"),
     ):
-        try:
-            facts.append(Fact(name, f"{package} {importlib.metadata.version(package)}", "ok"))
-        except importlib.metadata.PackageNotFoundError:
-            facts.append(Fact(name, f"{package} is not installed", "bad", fix, EXIT_SPEC))
+        if (version := _version(package)) is not None:
+            facts.append(Fact(name, f"{package} {version}", "ok"))
+        else:
+            text = f"{package} is not installed in {sys.prefix}"
+            facts.append(Fact(name, text, "bad", fix, EXIT_SPEC))
     return facts
+
+
+def need_packages(*packages: str) -> None:
+    """Raise SpecError where one is missing, as in SkyPilot's environment."""
+    for package in packages:
+        if _version(package) is None:
+            raise SpecError(
+                f"{package} is not installed in {sys.prefix}; make setup, then .venv/bin/nanochat"
+            )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cargo() -> str:

@@ -251,6 +251,7 @@ def pull(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> int:
     """Write the report of a run from its files."""
     run_dir = find_run(args.run_dir)
+    preflight.need_packages("matplotlib")
     code = subprocess.call(
         [sys.executable, "-c", _REPORT, str(run_dir.path)], stdout=sys.stderr, cwd=APP_DIR
     )
@@ -306,6 +307,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 def use_model(args: argparse.Namespace) -> NoReturn:
     """Become the program that loads the model: it needs torch, and the terminal's signals."""
+    preflight.need_packages("torch", "rustbpe")
     module = {
         "chat": "nanochat.chat.cli",
         "serve": "nanochat.chat.web",
@@ -360,6 +362,7 @@ def _only_queued(name: str) -> dict[str, Any] | None:
 
 
 def _rehearse(spec: RunSpec, document: dict[str, Any]) -> Any:
+    preflight.need_packages("torch")
     result = subprocess.run(
         [sys.executable, "-m", "nanochat.rehearse"],
         input=json.dumps({"spec": spec.model_dump(mode="json"), "plan": document}),

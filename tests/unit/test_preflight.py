@@ -1,6 +1,7 @@
 """What would make a run fail here is found before it starts, with the right exit code and a fix."""
 
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from infra.hardware import GpuHere
 from infra.planner import Plan, make_plan
 from nanochat import sandbox
 from nanochat.rundir import EXIT_SPEC, EXIT_UNFIT_NODE, Outcome, RunDir
-from nanochat.spec import RunSpec, load_spec
+from nanochat.spec import RunSpec, SpecError, load_spec
 
 REPO = Path(__file__).resolve().parents[2]
 H100 = GpuHere("NVIDIA H100 80GB HBM3", 79.6, 79.0)
@@ -51,6 +52,23 @@ def messages(spec: RunSpec, plan: Plan, run: RunDir) -> list[tuple[int, str]]:
 def test_the_toy_run_can_start_here(home: Path) -> None:
     spec = load_spec(REPO / "configs/e2e.toml")
     assert preflight.preflight(spec, make_plan(spec), RunDir(home / "runs/e2e")) == []
+
+
+def test_an_environment_without_torch_is_named_before_anything_starts(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = preflight._version
+    monkeypatch.setattr(preflight, "_version", lambda p: None if p == "torch" else found(p))
+    spec = load_spec(REPO / "configs/e2e.toml")
+    [(code, text)] = messages(spec, make_plan(spec), RunDir(home / "runs/e2e"))
+    assert code == EXIT_SPEC
+    assert f"torch is not installed in {sys.prefix}" in text and "make setup" in text
+
+
+def test_a_verb_that_needs_a_missing_package_is_refused() -> None:
+    preflight.need_packages("torch", "rustbpe")
+    with pytest.raises(SpecError, match="no-such-package is not installed in .*; make setup"):
+        preflight.need_packages("torch", "no-such-package")
 
 
 def test_d20_can_start_on_its_machine(home: Path, gpus: list[GpuHere]) -> None:
