@@ -83,7 +83,7 @@ push: image  ## push the image to REGISTRY=host/name, and print the digest to na
 	docker push $(REGISTRY)/$(IMAGE)
 	@docker image inspect --format '{{join .RepoDigests "\n"}}' $(IMAGE) | grep '^$(REGISTRY)/'
 
-sif:  ## the image as a SIF for Apptainer (SIF=, SOURCE=image | archive.tar | docker://…)
+sif:  ## the image as a SIF for Apptainer (SIF=, SOURCE=image, archive.tar or registry URL)
 	infra/slurm/build_sif.sh $(SOURCE) $(SIF)
 
 cluster: setup  ## a SLURM cluster in containers, with the SIF of IMAGE, to try docs/ptolemy.md on
