@@ -24,6 +24,7 @@ from typing import Any, Protocol, TextIO
 
 import yaml
 
+from infra.hardware import OFFERS
 from infra.launch.base import SECRETS, Job, LaunchError, Rendered, worst_case_usd
 from infra.processes import APP_DIR
 from infra.runpod_api import ProviderError, connect
@@ -116,7 +117,49 @@ def fill(job: Job, options: SkyOptions) -> dict[str, Any]:
         resources["infra"] = options.infra
         if gpu:
             resources["accelerators"] = f"{SKY_GPUS.get(gpu, gpu)}:{count}"
+    check_prices(job, task)
     return task
+
+
+def check_prices(job: Job, task: dict[str, Any]) -> None:
+    """Raises LaunchError where a rung costs more than the task's max_hourly_cost.
+
+    SkyPilot 0.14.1 compares that with the catalog's prices, but not for a pinned instance type.
+    """
+    resources = task["resources"]
+    common = {k: v for k, v in resources.items() if k != "ordered"}
+    for rung in resources.get("ordered") or [{}]:
+        wanted = {**common, **rung}
+        ceiling, kind = wanted.get("max_hourly_cost"), str(wanted.get("instance_type") or "")
+        price = rung_usd_per_hour(kind, job)
+        if ceiling is not None and price is not None and price > float(ceiling):
+            raise LaunchError(
+                f"{kind} costs ${price:.2f}/h, and max_hourly_cost of the task is "
+                f"${float(ceiling):.2f}: take this rung out of the task, or raise max_hourly_cost "
+                "(SkyPilot itself does not hold it against a pinned instance_type)"
+            )
+
+
+def rung_usd_per_hour(instance_type: str, job: Job) -> float | None:
+    """USD per hour of RunPod's instance type: the plan's where that is its offer, which may be
+    the spec's own price, else hardware.py's; None for a type that neither knows."""
+    found = re.fullmatch(r"(\d+)x_(.+)_(?:SECURE|COMMUNITY)", instance_type)
+    if found is None:
+        return None
+    name = f"{found[1]}x{RUNPOD_GPUS.get(found[2], found[2])}"
+    if name == job.plan["offer"]:
+        return float(job.plan["usd_per_hour"])
+    return OFFERS[name].usd_per_hour if name in OFFERS else None
+
+
+RUNPOD_GPUS = {
+    "H100": "H100-PCIE",
+    "H200-SXM": "H200",
+    "A100-80GB-SXM": "A100-80GB",
+    "A100-80GB": "A100-80GB-PCIE",
+    "RTX4090": "RTX-4090",
+}
+"""SkyPilot's name of a RunPod GPU -> ours, where they differ."""
 
 
 SKY_GPUS = {

@@ -12,6 +12,7 @@ from infra.launch import sky as launcher
 from infra.launch.base import Job, LaunchError
 from infra.launch.sky import SkyOptions, cluster_name, fill, render, submit, worst_usd
 from nanochat.spec import load_spec
+from tests.twin.runpod import catalog
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = {"usd_per_hour": 21.52, "world_size": 8, "offer": "8xH100-SXM"}
@@ -86,6 +87,40 @@ def test_overrides_that_a_shell_would_split_stand_quoted_in_the_command() -> Non
 def test_a_config_without_a_task_is_refused_with_the_list() -> None:
     with pytest.raises(LaunchError, match=r"no task in .*sky runs @configs/cpu_large.toml.*d20"):
         fill(job(config="cpu_large"), SkyOptions())
+
+
+def task_at(tmp_path: Path, instance_type: str, max_hourly_cost: float) -> SkyOptions:
+    task = yaml.safe_load((ROOT / "sky" / "d20_h100.yaml").read_text())
+    rung = {"infra": "runpod", "instance_type": instance_type}
+    task["resources"] |= {"ordered": [rung], "max_hourly_cost": max_hourly_cost}
+    path = tmp_path / "task.yaml"
+    path.write_text(yaml.safe_dump(task))
+    return SkyOptions(task=path)
+
+
+@pytest.mark.parametrize(
+    ("instance_type", "usd"), [("8x_H200-SXM_SECURE", 28.72), ("8x_H100-SXM_SECURE", 21.52)]
+)
+def test_a_rung_over_max_hourly_cost_is_refused_before_anything_starts(
+    instance_type: str, usd: float, tmp_path: Path
+) -> None:
+    sky, dear = FakeSky(), task_at(tmp_path, instance_type, usd - 0.02)
+    for attempt in (lambda: submit(job(), dear, sky, io.StringIO()), lambda: render(job(), dear)):
+        with pytest.raises(LaunchError, match=rf"{instance_type} costs \${usd}/h, and max_hourly"):
+            attempt()
+    assert not sky.launched
+    assert fill(job(), task_at(tmp_path, instance_type, usd))["resources"]["max_hourly_cost"] == usd
+
+
+def test_the_price_of_the_spec_counts_against_max_hourly_cost(tmp_path: Path) -> None:
+    dear = Job(**{**vars(job()), "plan": {**PLAN, "usd_per_hour": 25.0}})
+    with pytest.raises(LaunchError, match=r"costs \$25.00/h"):
+        fill(dear, task_at(tmp_path, "8x_H100-SXM_SECURE", 24.0))
+
+
+def test_names_of_gpus_are_those_of_the_catalog() -> None:
+    theirs = {name: ours for ours, name in catalog.SKY_NAMES.items()}
+    assert {n: launcher.RUNPOD_GPUS.get(n, n) for n in theirs} == theirs
 
 
 def test_another_cloud_is_asked_by_accelerator_and_without_the_volume() -> None:

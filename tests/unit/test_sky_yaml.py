@@ -41,6 +41,13 @@ def rungs(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {**common, **rung}
 
 
+def offer_of(instance_type: str) -> hardware.Offer:
+    """Ours of SkyPilot's `8x_H100_SECURE`."""
+    found = re.fullmatch(r"(\d+)x_(.+)_SECURE", instance_type)
+    assert found is not None
+    return hardware.parse_offer(f"{found[1]}x{OFFERS[found[2]]}")
+
+
 def prices() -> dict[str, float]:
     rows = [line.split(",") for line in catalog.vms_csv().splitlines()[1:]]
     return {row[0]: float(row[7]) for row in rows}
@@ -68,6 +75,8 @@ def test_money_is_bounded(path: Path) -> None:
         kind = rung["instance_type"]
         assert kind.startswith("cpu") or kind.endswith("_SECURE"), "the pod gets a key: pin SECURE"
         assert prices()[kind] <= rung["max_hourly_cost"]
+        if not kind.startswith("cpu"):
+            assert offer_of(kind).usd_per_hour <= rung["max_hourly_cost"]
         assert rung["image_id"] == f"docker:{image_tag()}"
     assert len(task["volumes"]) == 1
     assert task["volumes"]["/workspace"] == load(ROOT / "sky" / "volume.yaml")["name"]
@@ -109,8 +118,7 @@ def test_its_config_has_a_budget_and_a_plan_for_every_rung(path: Path, tmp_path:
     for rung in rungs(task):
         offer = "cpu"
         if not rung["instance_type"].startswith("cpu"):
-            count, name = re.match(r"(\d+)x_(.+)_SECURE", rung["instance_type"]).groups()  # type: ignore[union-attr]
-            offer = f"{count}x{OFFERS[name]}"
+            offer = offer_of(rung["instance_type"]).name
         spec = load_spec(ROOT / found[1], [*overrides, f'offer="{offer}"'])
         assert spec.budget.max_usd is not None
         made = planner.make_plan(spec, hardware.parse_offer(offer))
