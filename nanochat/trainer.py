@@ -30,7 +30,7 @@ from nanochat.gpt import GPT
 from nanochat.metrics import Metrics
 from nanochat.optim import Optimizer, muon_momentum
 from nanochat.rundir import Outcome, RunDir, StopReason, read_json
-from nanochat.scaling import StageNumbers, lr_scale
+from nanochat.scaling import StageNumbers, checkpoint_bytes, lr_scale
 from nanochat.spec import SpecError, TrainStage
 from nanochat.stage import StageFailed
 
@@ -188,7 +188,7 @@ def fit(
             )
 
     say("load")
-    checkpointer.probe_write()
+    checkpointer.probe_write(sum(checkpoint_bytes(model.config)))
     loaded = load()
     metrics = open_metrics(loaded.step if loaded else None)
     for skipped in loaded.skipped if loaded else ():

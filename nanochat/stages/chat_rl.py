@@ -23,6 +23,7 @@ from nanochat.metrics import Metrics
 from nanochat.optim import muon_momentum
 from nanochat.prepare import Prepared, compute_dtype, note_out_of_memory, prepare
 from nanochat.rundir import Outcome, RunDir
+from nanochat.scaling import checkpoint_bytes
 from nanochat.spec import TRAIN_STAGES, ChatRl, SpecError
 from nanochat.stage import StageFailed, run_stage
 from nanochat.tasks import Task, make_task
@@ -107,7 +108,7 @@ def _fit(p: Prepared) -> Outcome:
         return Outcome(STAGE, "stopped", message, step=at.step, num_steps=num_steps)
 
     say("load")
-    p.checkpointer.probe_write()
+    p.checkpointer.probe_write(sum(checkpoint_bytes(p.model.config)))
     target = state()
     loaded = p.checkpointer.load_latest(target)
     if loaded is not None:
