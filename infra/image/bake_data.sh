@@ -12,6 +12,13 @@ if [ -r /run/secrets/HF_TOKEN ]; then
   HF_TOKEN=$(cat /run/secrets/HF_TOKEN)
   export HF_TOKEN
 fi
+# A folder for each list of files and hub: what another build has brought is not this one's data.
+app=/opt/nanochat/app
+key=$(cat "$app/configs/$config.toml" "$app/nanochat/data.lock.json" - <<END | sha256sum | cut -c 1-16
+${HF_ENDPOINT:-}
+END
+)
+folder=$folder/$config-$key
 /opt/nanochat/bin/nanochat fetch "@configs/$config.toml" --to "$folder"
 mkdir -p "$target"
 cp -R "$folder/." "$target/"
