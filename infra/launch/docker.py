@@ -37,7 +37,7 @@ STOP_MARGIN_S = 5.0
 """From the supervisor's own deadline to the end of the container."""
 KILLED = 137
 MEMLOCK = {"Name": "memlock", "Soft": -1, "Hard": -1}
-"""Pinned host memory and InfiniBand buffers are locked."""
+"""Pinned host memory and InfiniBand buffers of a GPU run are locked."""
 POLL_S = 0.2
 
 
@@ -92,10 +92,10 @@ def container_body(job: Job, options: DockerOptions) -> dict[str, Any]:
         "Mounts": mounts,
         "ReadonlyRootfs": True,
         "ShmSize": num_ranks * SHM_GIB_PER_RANK << 30,
-        "Ulimits": [MEMLOCK],
     }
     if job.plan["offer"] != "cpu" and job.spec.runtime.device != "cpu":
         host["DeviceRequests"] = [{"Count": num_ranks, "Capabilities": [["gpu"]]}]
+        host["Ulimits"] = [MEMLOCK]
     if options.memory_gib is not None:
         host["Memory"] = host["MemorySwap"] = int(options.memory_gib * 2**30)
     body: dict[str, Any] = {
@@ -316,6 +316,8 @@ def _explain(reason: str, name: str) -> NoReturn:
         "port is already allocated": "another program has runtime.tensorboard_port; change it",
         "could not select device driver": "install nvidia-container-toolkit and restart Docker",
         "bind source path does not exist": "make that folder, or name a volume",
+        "setting rlimit": "the engine may not raise the memlock limit (a rootless one, say): give "
+        "its service LimitMEMLOCK=infinity",
     }
     for sign, fix in fixes.items():
         if sign in reason.lower():

@@ -333,6 +333,7 @@ def test_launch_streams_the_log_and_ctrl_c_stops_with_a_checkpoint(
             break
     process.send_signal(signal.SIGINT)
     seen += process.stderr.readlines()
+    process.stderr.close()
     assert process.wait(60) == 75, "".join(seen)
     assert "stopping with a checkpoint" in "".join(seen)
     status = subprocess.run(

@@ -134,7 +134,6 @@ def test_the_body_of_a_cpu_run_is_complete_and_read_only() -> None:
             ],
             "ReadonlyRootfs": True,
             "ShmSize": 2**30,
-            "Ulimits": [{"Name": "memlock", "Soft": -1, "Hard": -1}],
         },
     }
 
@@ -150,6 +149,7 @@ def test_gpus_are_asked_for_where_the_offer_has_some() -> None:
     host = container_body(job(plan=GPU_PLAN), DockerOptions())["HostConfig"]
     assert host["DeviceRequests"] == [{"Count": 8, "Capabilities": [["gpu"]]}]
     assert host["ShmSize"] == 8 * 2**30
+    assert host["Ulimits"] == [{"Name": "memlock", "Soft": -1, "Hard": -1}]
     on_cpu = container_body(job('runtime.device="cpu"', plan=GPU_PLAN), DockerOptions())
     assert "DeviceRequests" not in on_cpu["HostConfig"]
 
