@@ -149,8 +149,8 @@ def test_the_smoke_run_offline_and_read_only_in_five_minutes(
     container = engine.start(**OFFLINE, **mounted(volume))
     progress = f"{MOUNT}/nanochat/runs/smoke/stages/data_fetch.json"
     wait_until(lambda: bool(shown(container, progress)), START_S, "the first stage")
-    processes = container.top(ps_args="-eo uid,args")["Processes"]
-    assert {uid for uid, words in processes if "tini" not in words} == {"1000"}, processes
+    processes = container.top(ps_args="-eo pid,uid,args")["Processes"]
+    assert {uid for _, uid, words in processes if "tini" not in words} == {"1000"}, processes
     ended = engine.wait(container)
     assert ended.exit_code == 0, ended.output
     assert time.monotonic() - started < 300
