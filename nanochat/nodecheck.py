@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -66,7 +67,7 @@ def _driver() -> tuple[bool, str]:
 def _disk(folder: Path) -> tuple[bool, str]:
     """Writes and syncs DISK_BYTES in the folder of the runs."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f".nodecheck.{os.getpid()}"
+    file = folder / f".nodecheck.{secrets.token_hex(4)}"
     block = os.urandom(1 << 20)
     try:
         start = time.monotonic()

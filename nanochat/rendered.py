@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ def _write_block(path: Path, rendered: list[tuple[list[int], list[int]]]) -> Non
         "num_targets": int(np.count_nonzero(tokens & TARGET_BIT)),
         "digest": hashlib.blake2b(body, digest_size=16).hexdigest(),
     }
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with open(staged, "wb") as f:
         f.write(json.dumps(facts).encode().ljust(HEADER_BYTES - 1) + b"\n")
         f.write(body)
