@@ -28,6 +28,8 @@ SOURCE_DIR = Path(__file__).resolve().parent.parent
 """The checkout, or the folder of an installed package."""
 IMAGE_FILE = Path("/opt/nanochat/image.json")
 """What the image says of itself (infra/image/describe.py), where this is one."""
+IMAGE_NAME = "NANOCHAT_IMAGE"
+"""What the launcher knows it as: NAME@sha256:…, an engine's id, the sha256 of a SIF, a tag."""
 SOURCE_SUFFIXES = (".py", ".rs", ".html", ".j2")
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ def machine_facts() -> dict[str, Any]:
         "host": platform.node(),
         "os": platform.platform(),
         "cpu": _cpu_name(),
-        "cores": _cores(),
+        "cores": num_cores(),
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
         "gpus": _gpu_facts(),
         "python": platform.python_version(),
@@ -146,7 +148,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _cores() -> int:
+def num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -160,8 +162,15 @@ def _version(name: str) -> str | None:
 
 
 def _image() -> dict[str, Any] | None:
+    """What is known of the image: its own words, and its digest or name where the launcher gave it.
+
+    An image cannot contain its own digest, and a container cannot ask the engine.
+    """
     facts = read_json(IMAGE_FILE)
-    return facts if isinstance(facts, dict) else None
+    if not isinstance(facts, dict):
+        return None
+    name = os.environ.get(IMAGE_NAME)
+    return {"name": name, **facts} if name else facts
 
 
 def _sha256(path: Path) -> str | None:

@@ -5,6 +5,7 @@ Secrets are named in a rendered job and never in it: their values go from the en
 """
 
 import importlib.metadata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from nanochat.spec import RunSpec
 
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
 """The variables that pass from the user's environment into a run."""
+IMAGE_NAME = "NANOCHAT_IMAGE"
+"""The variable that tells a run which image it is in; nanochat/machine.py reads it."""
 POD_PREFIX = "NANOCHAT_LABEL_"
 """Variables of a pod that are labels for `reap`; the run does not read them."""
 
@@ -85,6 +88,11 @@ def worst_case_usd(job: Job) -> float | None:
     if budget.max_hours is not None:
         bounds.append(budget.max_hours * usd_per_hour)
     return min(bounds) if bounds else None
+
+
+def present_secrets(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Names of the secrets that the environment has a value for."""
+    return tuple(name for name in SECRETS if environ.get(name))
 
 
 def default_image() -> str:

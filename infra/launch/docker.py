@@ -1,7 +1,7 @@
 """Launcher for Docker on this machine: one container per run, its files on a volume.
 
 * What is rendered is the body of the engine's `POST /containers/create`, and it is what is sent;
-  only the values of secrets are added on the way.
+  only the values of secrets and the digest of the image are added on the way.
 * The container has a read-only root file system: whatever a run writes is on the volume.
 * Ctrl-C asks for a stop with a checkpoint, a second one ends the container at once; closing the
   terminal lets the run go on.
@@ -15,13 +15,19 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from infra.launch.base import SECRETS, Job, LaunchError, Rendered, default_image, worst_case_usd
+from infra.launch.base import (
+    IMAGE_NAME,
+    Job,
+    LaunchError,
+    Rendered,
+    default_image,
+    worst_case_usd,
+)
 from nanochat.rundir import EXIT_DONE, EXIT_SPEC, EXIT_STOPPED, EXIT_UNFIT_NODE
 
 if TYPE_CHECKING:
@@ -58,12 +64,7 @@ class DockerOptions:
     user: str | None = None
     """UID:GID; unset: the caller's own for a folder, the image's for a volume."""
     secrets: tuple[str, ...] = ()
-    """Variables whose values go along; `present_secrets` of the environment."""
-
-
-def present_secrets(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Names of the secrets that the environment has a value for."""
-    return tuple(name for name in SECRETS if environ.get(name))
+    """Variables whose values go along; `base.present_secrets` of the environment."""
 
 
 def render(job: Job, options: DockerOptions) -> Rendered:
@@ -101,7 +102,7 @@ def container_body(job: Job, options: DockerOptions) -> dict[str, Any]:
     body: dict[str, Any] = {
         "Image": options.image or default_image(),
         "Cmd": command,
-        "Env": list(options.secrets),
+        "Env": [*options.secrets, IMAGE_NAME],
         "Labels": {LABEL: job.name},
         "StopTimeout": round(job.spec.stop_grace_s + STOP_MARGIN_S),
         "HostConfig": host,
@@ -125,8 +126,8 @@ def submit(job: Job, options: DockerOptions, out: TextIO = sys.stderr) -> int:
     engine = connect()
     name = container_name(job.name)
     body = container_body(job, options)
-    body["Env"] = [_with_value(entry) for entry in body["Env"]]
-    _check_image(engine, body["Image"])
+    known = {**os.environ, IMAGE_NAME: _image_digest(engine, body["Image"])}
+    body["Env"] = [e if "=" in e else f"{e}={known[e]}" for e in body["Env"]]
     if "DeviceRequests" in body["HostConfig"]:
         _check_gpus(engine)
     _remove_ended(engine, name)
@@ -259,16 +260,18 @@ def connect() -> "DockerClient":
         ) from None
 
 
-def _check_image(engine: "DockerClient", image: str) -> None:
+def _image_digest(engine: "DockerClient", image: str) -> str:
+    """NAME@sha256:… as a registry knows it, else the engine's id. Raises LaunchError without it."""
     from docker.errors import ImageNotFound
 
     try:
-        engine.images.get(image)
+        attrs = engine.images.get(image).attrs
     except ImageNotFound:
         raise LaunchError(
             f"the image {image} is not on this machine: make it (make image) or bring it "
             f"(docker pull {image})"
         ) from None
+    return str(next(iter(attrs.get("RepoDigests") or ()), attrs["Id"]))
 
 
 def _check_gpus(engine: "DockerClient") -> None:
@@ -366,7 +369,3 @@ def _owner_of(volume: str) -> str | None:
     if not _is_folder(volume) or os.getuid() == 0:
         return None
     return f"{os.getuid()}:{os.getgid()}"
-
-
-def _with_value(entry: str) -> str:
-    return entry if "=" in entry else f"{entry}={os.environ[entry]}"

@@ -29,5 +29,7 @@ case "$source" in
 esac
 "$apptainer" build --force --build-arg "bootstrap=$bootstrap" --build-arg "from=$from" "$@" \
   "$work/made.sif" "$recipe"
+digest=$(sha256sum "$work/made.sif")
 mv "$work/made.sif" "$sif"
+echo "${digest%% *}  $(basename "$sif")" > "$sif.sha256"     # for the report; sha256sum --check reads it
 echo "$sif: $(du -h --apparent-size "$sif" | cut -f1)"

@@ -13,7 +13,7 @@ import pytest
 from docker.errors import APIError, ImageNotFound, NotFound
 
 from infra.launch import docker as launcher
-from infra.launch.base import Job, LaunchError
+from infra.launch.base import IMAGE_NAME, Job, LaunchError, present_secrets
 from infra.launch.docker import DockerOptions, container_body, follow, how_it_ended, render
 from nanochat.spec import RunSpec, load_spec
 
@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SMOKE = ROOT / "configs" / "smoke.toml"
 GPU_PLAN = {"usd_per_hour": 21.52, "world_size": 8, "offer": "8xH100-SXM"}
 CPU_PLAN = {"usd_per_hour": 0.0, "world_size": 1, "offer": "cpu"}
+
+ENGINE_ID = "sha256:" + "5e" * 32
 
 
 def job(*overrides: str, plan: dict[str, Any] = CPU_PLAN, config: Path = SMOKE) -> Job:
@@ -78,6 +80,7 @@ class FakeEngine:
         self._all = {c.name: c for c in containers}
         self._image, self._gpus = image, gpus
         self.images = self.containers = self.api = self
+        self.attrs = {"Id": ENGINE_ID, "RepoDigests": []}
 
     def info(self) -> dict[str, Any]:
         return {"Runtimes": {"runc": {}, **({"nvidia": {}} if self._gpus else {})}}
@@ -86,7 +89,7 @@ class FakeEngine:
         if name.startswith("nanochat:"):
             if not self._image:
                 raise ImageNotFound(name)
-            return name
+            return self
         if name not in self._all or self._all[name].removed:
             raise NotFound(name)
         return self._all[name]
@@ -119,7 +122,7 @@ def test_the_body_of_a_cpu_run_is_complete_and_read_only() -> None:
     assert body == {
         "Image": "nanochat:1",
         "Cmd": ["run", "@/run/nanochat/smoke.toml", "base_train.num_steps=7"],
-        "Env": [],
+        "Env": ["NANOCHAT_IMAGE"],
         "Labels": {"nanochat.run": "smoke"},
         "StopTimeout": 13,
         "HostConfig": {
@@ -161,7 +164,7 @@ def test_options_reach_the_engine() -> None:
     assert body["StopTimeout"] == 65
     assert body["HostConfig"]["Memory"] == body["HostConfig"]["MemorySwap"] == 3 * 2**29
     assert body["HostConfig"]["NetworkMode"] == "none"
-    assert body["Env"] == ["NANOCHAT_OFFLINE=1"]
+    assert body["Env"] == ["NANOCHAT_IMAGE", "NANOCHAT_OFFLINE=1"]
     assert body["HostConfig"]["PortBindings"]["6006/tcp"][0]["HostIp"] == "127.0.0.1"
 
 
@@ -182,19 +185,25 @@ def test_a_folder_is_bound_and_a_name_is_a_volume(tmp_path: Path) -> None:
     assert mount["Type"] == "volume"
 
 
+def test_a_run_is_told_the_digest_that_a_registry_knows(engine: FakeEngine) -> None:
+    engine.attrs["RepoDigests"] = ["registry.example/nanochat@sha256:77"]
+    launcher.submit(job(), DockerOptions(detach=True), io.StringIO())
+    assert engine.made[0][1]["Env"] == [f"{IMAGE_NAME}=registry.example/nanochat@sha256:77"]
+
+
 def test_what_is_rendered_is_sent_and_secrets_are_only_named(
     engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "wandb-very-secret")
-    secrets = launcher.present_secrets({"WANDB_API_KEY": "x", "HF_TOKEN": "", "PATH": "/bin"})
+    secrets = present_secrets({"WANDB_API_KEY": "x", "HF_TOKEN": "", "PATH": "/bin"})
     options = DockerOptions(secrets=secrets, detach=True)
     rendered = render(job(), options)
     assert "very-secret" not in rendered.dry_run()
     launcher.submit(job(), options, io.StringIO())
     (name, body), sent = engine.made[0], json.loads(rendered.text)
     assert name == sent["name"]
-    assert body.pop("Env") == ["WANDB_API_KEY=wandb-very-secret"]
-    assert sent["body"].pop("Env") == ["WANDB_API_KEY"]
+    assert body.pop("Env") == ["WANDB_API_KEY=wandb-very-secret", f"NANOCHAT_IMAGE={ENGINE_ID}"]
+    assert sent["body"].pop("Env") == ["WANDB_API_KEY", "NANOCHAT_IMAGE"]
     assert body == sent["body"]
 
 

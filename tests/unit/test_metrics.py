@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from nanochat import machine, trackers
 from nanochat import metrics as metrics_module
 from nanochat.health import Thresholds, Watch
-from nanochat.machine import MachineStats, git_state, machine_facts
+from nanochat.machine import IMAGE_NAME, MachineStats, git_state, machine_facts
 from nanochat.metrics import Metrics
 from nanochat.rundir import RunDir
 
@@ -404,6 +404,8 @@ def test_in_an_image_the_facts_say_which(tmp_path: Path, monkeypatch: pytest.Mon
     assert machine_facts()["image"] is None
     image.write_text('{"version": "0.1.0", "revision": "abc"}')
     assert machine_facts()["image"] == {"version": "0.1.0", "revision": "abc"}
+    monkeypatch.setenv(IMAGE_NAME, "nanochat@sha256:77")
+    assert machine_facts()["image"]["name"] == "nanochat@sha256:77"
 
 
 def test_a_folder_that_is_no_checkout_has_no_git_state(tmp_path: Path) -> None:
