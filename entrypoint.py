@@ -73,6 +73,13 @@ def build_parser() -> Parser:
     in_sky = p.add_argument_group("sky")
     in_sky.add_argument("--task", metavar="FILE", help="default: the one of sky/ that runs @CONFIG")
     in_sky.add_argument("--infra", default="", help="another cloud than the task's, e.g. lambda")
+    in_sky.add_argument("--spot", action="store_true", help="interruptible machines")
+    in_sky.add_argument(
+        "--sweep",
+        action="append",
+        metavar="section.field=A,B",
+        help="a managed job per value, which share budget.max_usd; several: every combination",
+    )
     in_slurm = p.add_argument_group("slurm", "as the section [slurm] of the spec; `plan --fields`")
     for name in ("account", "partition", "qos", "gres", "time", "scratch", "sif", "module", "ssh"):
         in_slurm.add_argument(f"--{name}")

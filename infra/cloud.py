@@ -1,6 +1,7 @@
-"""The verbs that reach a provider: `launch --to runpod`, its status and stop, `reap` and `pull`."""
+"""The verbs that reach a provider: launch --to runpod and --to sky, status, stop, reap, pull."""
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from infra import hardware, planner, reap
-from infra.launch import runpod
-from infra.launch.base import Job, LaunchError, Rendered
+from infra.launch import runpod, runpod_pod, sky, sky_cluster, sky_sweep
+from infra.launch.base import Job, LaunchError, Rendered, present_secrets
+from infra.launch.sky_sdk import SkyPilot
 from infra.pull import Pulled, open_source
 from infra.pull import pull as bring
 from infra.runpod_api import ProviderError, connect
@@ -29,13 +31,13 @@ def launch_runpod(args: argparse.Namespace, spec: RunSpec, path: Path) -> int | 
         max_usd_per_hour=args.max_usd_per_hour,
         data_centers=tuple(filter(None, (args.data_centers or "").split(","))),
         detach=args.detach,
-        secrets=runpod.present_secrets(os.environ),
+        secrets=present_secrets(os.environ),
     )
     jobs = _jobs(args, spec, path)
     if args.dry_run:
         return runpod.render(jobs, options, _volumes(options))
     options = runpod.check_image(options)
-    return runpod.open_launcher().submit(jobs, options)
+    return runpod_pod.open_launcher().submit(jobs, options)
 
 
 def _jobs(args: argparse.Namespace, spec: RunSpec, path: Path) -> list[Job]:
@@ -60,35 +62,71 @@ def _jobs(args: argparse.Namespace, spec: RunSpec, path: Path) -> list[Job]:
     return jobs
 
 
+def launch_sky(args: argparse.Namespace, spec: RunSpec, path: Path) -> int | Rendered:
+    """The run on a cluster of SkyPilot's, or a sweep as managed jobs; for a dry run what is sent.
+
+    Raises LaunchError where the plan of a run is refused.
+    """
+    options = sky.SkyOptions(
+        image=args.image,
+        task=Path(args.task) if args.task else None,
+        infra=args.infra,
+        spot=args.spot,
+        detach=args.detach,
+    )
+    points = sky_sweep.points(spec, args.sweep) if args.sweep else [()]
+    jobs, refused = [], []
+    for point in points:
+        overrides = (*args.overrides, *point)
+        asked = load_spec(path, overrides)
+        made = planner.make_plan(asked, hardware.parse_offer(asked.offer))
+        if made.verdict == "refused":
+            refused.append(f"{asked.name}: {'; '.join(made.reasons)}")
+        jobs.append(
+            Job(config=args.config[1:], overrides=overrides, spec=asked, plan=made.to_json())
+        )
+    if refused:
+        raise LaunchError("the plan refuses\n  " + "\n  ".join(refused))
+    if args.sweep and args.dry_run:
+        return sky.render_sweep(jobs, options)
+    if args.sweep:
+        return sky.submit_sweep(jobs, options, SkyPilot())
+    if args.dry_run:
+        return sky.render(jobs[0], options)
+    return sky.submit(jobs[0], options, SkyPilot())
+
+
 def _volumes(options: runpod.RunPodOptions) -> Sequence[runpod.Volume]:
     """The account's volumes; in a dry run without a key or a network the one asked for stands."""
     if options.volume is None:
         return []
     try:
-        return runpod.open_launcher().volumes
+        return runpod_pod.open_launcher().volumes
     except LaunchError:
         return [runpod.Volume(f"(id of {options.volume})", options.volume, "(its data centre)")]
 
 
-def pod_status(run_name: str) -> dict[str, Any] | None:
-    """What a pod says of a run; None without a key or a pod."""
-    api = connect()
-    if api is None or "/" in run_name:
+def remote_status(run_name: str) -> dict[str, Any] | None:
+    """What a pod or a cluster of SkyPilot's says of a run; None where there is neither."""
+    if "/" in run_name:
         return None
-    try:
-        return runpod.status(api, run_name)
-    except LaunchError:
-        return None
+    if api := connect():
+        with contextlib.suppress(LaunchError):
+            if found := runpod_pod.status(api, run_name):
+                return found
+    return sky_cluster.status(run_name)
 
 
-def pod_stop(run_name: str) -> int:
-    """Stop the pod's run with a checkpoint and end the pod; the run's exit code."""
-    return runpod.stop(runpod.open_launcher(), run_name)
+def remote_stop(run_name: str) -> int:
+    """Stop a run in the cloud with a checkpoint and end its machine; the run's exit code."""
+    if (api := connect()) and runpod_pod.find_pod(api, run_name):
+        return runpod_pod.stop(runpod_pod.open_launcher(), run_name)
+    return sky_cluster.stop(run_name, SkyPilot())
 
 
 def reap_verb(args: argparse.Namespace) -> tuple[int, list[reap.Row]]:
     """One look (or one every so often): exit code 0, or 1 where something refuses to end."""
-    api = runpod.connect_or_explain()
+    api = runpod_pod.connect_or_explain()
     while True:
         try:
             rows = reap.reap(api, args.dry_run)
@@ -109,8 +147,8 @@ def pull_verb(args: argparse.Namespace) -> Pulled:
         source = open_source(args.run_dir)
     except RunDirError:
         api = connect()
-        pod = runpod.find_pod(api, args.run_dir) if api is not None else None
+        pod = runpod_pod.find_pod(api, args.run_dir) if api is not None else None
         if pod is None or pod.address is None:
             raise
-        source = runpod.run_on_pod(pod.address, args.run_dir)
+        source = runpod_pod.run_on_pod(pod.address, args.run_dir)
     return bring(source, to, args.best)

@@ -1,11 +1,13 @@
 """`reap`: the stop from outside. Ends what is over its budget, from a laptop or a cron line.
 
-* What is ours is known by the labels that the launcher gave it, by its name, and by the launches
-  that this machine remembers; what is not ours is never touched.
+* What is ours is known by the labels that the launcher gave it, by its name, by the launches that
+  this machine remembers, and where SkyPilot has made it by our image; what is not ours is never
+  touched.
 * It trusts nobody's ledger: what a pod has cost is its price times its age.
 * A refused end is asked for again; what still stands afterwards is said, with exit code 1.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -16,6 +18,9 @@ from infra.runpod_api import Pod, ProviderError
 from nanochat.rundir import append_jsonl, nanochat_home, read_jsonl
 
 NAME_PREFIX = "nanochat-"
+SKYPILOT_NAME = re.compile(r"-[0-9a-f]{8,}-head$")
+"""CLUSTER-USERHASH-head; SkyPilot gives its pods no labels."""
+OUR_IMAGE = re.compile(r"(^|/)nanochat(:|@|$)")
 GONE_S = 3600.0
 """A pod that vanished unseen counts as alive until that was noticed, or for this time at most."""
 BOOT_S = 1200.0
@@ -97,10 +102,12 @@ def _lives(records: Iterable[dict[str, Any]]) -> dict[str, Life]:
     return lives
 
 
-def cost_of(pod: Pod, now: float, highest_usd_per_hour: float = 0.0) -> float:
-    """Dollars that a pod has cost at most: its age by its label, or what is billed, at the highest
-    price that was seen."""
-    born = _number(pod.labels.get("born"))
+def cost_of(
+    pod: Pod, now: float, highest_usd_per_hour: float = 0.0, born_seen: float | None = None
+) -> float:
+    """Dollars that a pod has cost at most: its age by its label or as it was seen, or what is
+    billed, at the highest price that was seen."""
+    born = _number(pod.labels.get("born"), born_seen)
     lived_s = pod.uptime_s if born is None else max(pod.uptime_s, now - born)
     return lived_s / 3600.0 * max(pod.usd_per_hour, highest_usd_per_hour)
 
@@ -128,13 +135,13 @@ def reap(
     pods = api.pods()
     note_gone(pods, file)
     for pod in pods:
-        if not (pod.labels or pod.name.startswith(NAME_PREFIX) or pod.id in remembered):
+        if not (is_ours(pod) or pod.id in remembered):
             continue
         life = remembered.get(pod.id)
         run = pod.labels.get("run") or (life.run if life else pod.name)
         max_usd = _number(pod.labels.get("max_usd"), life.max_usd if life else None)
         now = time.time()
-        usd = cost_of(pod, now, life.usd_per_hour if life else 0.0)
+        usd = cost_of(pod, now, *((life.usd_per_hour, life.born) if life else ()))
         reason = why_end(pod, usd, max_usd, now)
         action, message = "kept", "within its budget" if max_usd else "has no budget that is known"
         if reason is not None:
@@ -148,6 +155,12 @@ def reap(
         )
         rows.append(Row(pod.id, run, pod.status, round(usd, 4), max_usd, action, message))
     return rows
+
+
+def is_ours(pod: Pod) -> bool:
+    """Whether the pod itself tells that this kit has asked for it."""
+    by_skypilot = SKYPILOT_NAME.search(pod.name) and OUR_IMAGE.search(pod.image)
+    return bool(pod.labels or pod.name.startswith(NAME_PREFIX) or by_skypilot)
 
 
 def why_end(pod: Pod, usd: float, max_usd: float | None, now: float) -> str | None:

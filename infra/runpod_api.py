@@ -47,6 +47,7 @@ class Pod:
     """Its environment variables that are labels of ours; never a secret."""
     address: tuple[str, int] | None = None
     """Public host and port of its sshd, once it is up."""
+    image: str = ""
 
 
 class RunPodApi:
@@ -127,6 +128,7 @@ def _pod(raw: dict[str, Any]) -> Pod:
         uptime_s=float(raw.get("uptimeSeconds") or 0.0),
         labels=labels_of(raw.get("env")),
         address=_address(raw.get("runtime")),
+        image=str(raw.get("imageName") or ""),
     )
 
 

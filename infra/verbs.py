@@ -18,9 +18,8 @@ from typing import Any, NoReturn
 from infra import cloud, hardware, nodes, planner, preflight
 from infra import reap as reaping
 from infra.console import Console, render_status
-from infra.launch import docker, sky, slurm
-from infra.launch.base import Job, LaunchError, Rendered
-from infra.launch.sky_sdk import SkyPilot
+from infra.launch import docker, slurm
+from infra.launch.base import Job, LaunchError, Rendered, present_secrets
 from infra.meter import Price, meter_of_this_pod
 from infra.privileges import lost_with_container
 from infra.processes import python_path
@@ -40,6 +39,8 @@ from nanochat.spec import RunSpec, SpecError, describe_fields, load_spec
 
 APP_DIR = Path(__file__).resolve().parent.parent
 STALE_S = 30.0
+SAVES_IN_GRACE = 2.5
+"""The trainer saves anew where 1.5 times the last save fits, after the step it is in."""
 
 
 def run_verb(args: argparse.Namespace) -> int:
@@ -147,8 +148,9 @@ def launch(args: argparse.Namespace) -> int:
     spec = _load(args)
     if args.to == "slurm":
         spec = slurm.with_fields(spec, {f: getattr(args, f) for f in slurm.FIELDS})
-    if args.to == "runpod":
-        sent = cloud.launch_runpod(args, spec, _config_path(args))
+    if args.to in ("runpod", "sky"):
+        to_cloud = cloud.launch_runpod if args.to == "runpod" else cloud.launch_sky
+        sent = to_cloud(args, spec, _config_path(args))
         return _dry_run(args, sent) if isinstance(sent, Rendered) else sent
     made = planner.make_plan(spec, hardware.parse_offer(spec.offer))
     if made.verdict == "refused":
@@ -161,12 +163,6 @@ def launch(args: argparse.Namespace) -> int:
         if not args.dry_run:
             return slurm.submit(job)
         return _dry_run(args, slurm.render(job))
-    if args.to == "sky":
-        task = Path(args.task) if args.task else None
-        to_sky = sky.SkyOptions(image=args.image, task=task, infra=args.infra, detach=args.detach)
-        if not args.dry_run:
-            return sky.submit(job, to_sky, SkyPilot())
-        return _dry_run(args, sky.render(job, to_sky))
     options = docker.DockerOptions(
         image=args.image,
         volume=args.volume,
@@ -174,7 +170,7 @@ def launch(args: argparse.Namespace) -> int:
         network=not args.no_network,
         detach=args.detach,
         user=args.user,
-        secrets=docker.present_secrets(os.environ),
+        secrets=present_secrets(os.environ),
     )
     if not args.dry_run:
         return docker.submit(job, options)
@@ -195,7 +191,7 @@ def status(args: argparse.Namespace) -> int:
     if args.run_dir and (queued := _only_queued(args.run_dir)):
         _print(args.json, queued, lambda q: f"{args.run_dir}: {q['slurm']['message']}")
         return EXIT_DONE
-    if args.run_dir and not _is_here(args.run_dir) and (pod := cloud.pod_status(args.run_dir)):
+    if args.run_dir and not _is_here(args.run_dir) and (pod := cloud.remote_status(args.run_dir)):
         _print(args.json, pod, lambda p: f"{args.run_dir}: {p['message']}")
         return int(pod["exit_code"] or EXIT_DONE)
     if args.run_dir:
@@ -214,14 +210,14 @@ def stop(args: argparse.Namespace) -> int:
     """Ask a run to stop with a checkpoint, and wait until it has."""
     if _containers(args.run_dir):
         return docker.stop(args.run_dir)
-    if not _is_here(args.run_dir) and cloud.pod_status(args.run_dir):
-        return cloud.pod_stop(args.run_dir)
+    if not _is_here(args.run_dir) and cloud.remote_status(args.run_dir):
+        return cloud.remote_stop(args.run_dir)
     run_dir = find_run(args.run_dir)
     before = _status_of(run_dir)
     if before["state"] != "RUNNING":
         _say(f"{run_dir.path} does not run (state {before['state']})")
         return EXIT_DONE
-    grace_s = run_dir.spec().stop_grace_s
+    grace_s = _stop_grace_s(run_dir, before.get("stage"))
     run_dir.request_stop(StopReason.USER, time.time() + grace_s)
     deadline = time.monotonic() + grace_s + 10.0
     while time.monotonic() < deadline:
@@ -373,6 +369,13 @@ def _rehearse(spec: RunSpec, document: dict[str, Any]) -> Any:
     if result.returncode:
         raise SpecError("the rehearsal failed; the messages above say where")
     return json.loads(result.stdout)
+
+
+def _stop_grace_s(run_dir: RunDir, stage: str | None) -> float:
+    """Time for a fresh checkpoint: a person waits, and what was trained since the last is paid."""
+    planned_s = (run_dir.plan().get("stop") or {}).get("save_s") or 0.0
+    measured_s = run_dir.progress(stage).get("save_s") if stage else None
+    return max(run_dir.spec().stop_grace_s, SAVES_IN_GRACE * float(measured_s or planned_s))
 
 
 def _status_of(run_dir: RunDir) -> dict[str, Any]:

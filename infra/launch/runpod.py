@@ -11,29 +11,26 @@ import base64
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TextIO
 
 from infra import reap
 from infra.hardware import GPUS
 from infra.launch.base import (
+    IMAGE_NAME,
     POD_PREFIX,
-    SECRETS,
     Job,
     LaunchError,
     Rendered,
     default_image,
 )
 from infra.processes import APP_DIR
-from infra.pull import Host
-from infra.runpod_api import Pod, ProviderError, RunPodApi, connect
-from nanochat.rundir import EXIT_SPEC, EXIT_STOPPED, EXIT_UNFIT_NODE, nanochat_home
+from infra.runpod_api import Pod, ProviderError, RunPodApi
+from nanochat.rundir import EXIT_SPEC, EXIT_STOPPED, EXIT_UNFIT_NODE
 
 MOUNT = "/workspace"
 CONTAINER_DISK_GB = 40
@@ -150,6 +147,7 @@ def pod_arguments(
 ) -> dict[str, Any]:
     """Arguments of the SDK's create_pod; secrets stand in env by name, without a value."""
     command = pod_command(job)
+    image = options.image or default_image()
     env = {name: None for name in (*options.secrets, "PUBLIC_KEY")}
     labels = {"RUN": job.name, "BORN": None if born is None else f"{born:.0f}"}
     usd = pod_usd(job, usd_before, rung.ceiling_usd_per_hour)
@@ -163,7 +161,7 @@ def pod_arguments(
         ports.append(f"{port}/http")
     return {
         "name": f"{reap.NAME_PREFIX}{job.name}",
-        "image_name": options.image or default_image(),
+        "image_name": image,
         "gpu_type_id": rung.gpu_type,
         "instance_id": rung.instance,
         "cloud_type": "SECURE",
@@ -176,7 +174,7 @@ def pod_arguments(
         "ports": ",".join(ports),
         "volume_mount_path": MOUNT,
         "network_volume_id": rung.volume_id,
-        "env": {**env, **{POD_PREFIX + k: v for k, v in labels.items()}},
+        "env": {**env, IMAGE_NAME: image, **{POD_PREFIX + k: v for k, v in labels.items()}},
     }
 
 
@@ -305,18 +303,18 @@ class Launcher:
         """None once the pod is up, fit and not dearer than its ceiling; else what is wrong."""
         deadline = time.monotonic() + self.boot_deadline_s
         while time.monotonic() < deadline:
-            pod = self._look(name, pod_id)
+            pod = self.look(name, pod_id)
             if pod is not None:
                 if pod.usd_per_hour > rung.ceiling_usd_per_hour > 0.0:
                     ceiling = rung.ceiling_usd_per_hour
                     return f"costs ${pod.usd_per_hour:.2f}/h, more than ${ceiling:.2f}/h"
                 if pod.status != "RUNNING":
                     return f"is {pod.status}"
-                state = self._state(pod)
+                state = self.state_of(pod)
                 if state.get("phase") in ("run", "ended"):
                     unfit = state.get("exit_code") == EXIT_UNFIT_NODE
                     return "failed its node check" if unfit else None
-            elif self._is_gone(pod_id):
+            elif self.is_gone(pod_id):
                 return "is gone"
             time.sleep(POLL_S)
         return f"was not up within {self.boot_deadline_s:.0f} s"
@@ -326,8 +324,8 @@ class Launcher:
         offset, seen_s = 0, time.monotonic()
         try:
             while True:
-                pod = self._look(name, pod_id)
-                if pod is None and self._is_gone(pod_id):
+                pod = self.look(name, pod_id)
+                if pod is None and self.is_gone(pod_id):
                     self._say(
                         f"pod {pod_id} is gone; the last complete checkpoint is on the volume, and "
                         "the same command resumes"
@@ -342,7 +340,7 @@ class Launcher:
                         offset += len(text.encode())
                         self.out.write(text)
                         self.out.flush()
-                    state = self._state(pod)
+                    state = self.state_of(pod)
                     if state:
                         seen_s = time.monotonic()
                     if state.get("phase") == "ended":
@@ -366,7 +364,7 @@ class Launcher:
                 self.api.terminate(pod_id)
             except ProviderError as e:
                 self._say(f"pod {pod_id} is not ended yet: {e}")
-            if self._is_gone(pod_id):
+            if self.is_gone(pod_id):
                 reap.note_launch("ended", name, pod_id)
                 return
         raise LaunchError(
@@ -379,13 +377,14 @@ class Launcher:
         """The pod ends itself; where it has not, it is ended from here."""
         deadline = time.monotonic() + 60.0
         while time.monotonic() < deadline:
-            if self._is_gone(pod_id):
+            if self.is_gone(pod_id):
                 reap.note_launch("ended", name, pod_id)
                 return
             time.sleep(1.0)
         self.end(name, pod_id)
 
-    def _look(self, name: str, pod_id: str) -> Pod | None:
+    def look(self, name: str, pod_id: str) -> Pod | None:
+        """The pod, and a note of its price; None where it is gone or the API does not answer."""
         try:
             pod = self.api.pod(pod_id)
         except ProviderError:
@@ -395,13 +394,15 @@ class Launcher:
             reap.note_launch("seen", name, pod_id, usd_per_hour=pod.usd_per_hour)
         return pod
 
-    def _is_gone(self, pod_id: str) -> bool:
+    def is_gone(self, pod_id: str) -> bool:
+        """Whether the provider answers that there is no such pod."""
         try:
             return all(p.id != pod_id for p in self.api.pods())
         except ProviderError:
             return False
 
-    def _state(self, pod: Pod) -> dict[str, Any]:
+    def state_of(self, pod: Pod) -> dict[str, Any]:
+        """What infra.podrun in the pod says: phase and exit code; empty without an answer."""
         text = self.shell(pod.address, f"cat {STATE_FILE}") if pod.address else None
         try:
             state = json.loads(text or "{}")
@@ -412,37 +413,6 @@ class Launcher:
     def _say(self, text: str) -> None:
         self.out.write(text + "\n")
         self.out.flush()
-
-
-def open_launcher(out: TextIO = sys.stderr) -> Launcher:
-    """A launcher with the real SDK. Raises LaunchError that says what is missing."""
-    sdk = _sdk()
-    api = connect_or_explain()
-    try:
-        volumes = [
-            Volume(str(v["id"]), str(v["name"]), str(v["dataCenterId"]))
-            for v in sdk.get_user().get("networkVolumes") or []
-        ]
-    except Exception as e:  # whatever the SDK raises
-        raise LaunchError(f"RunPod does not let us in: {e}; is the key right?", 77) from None
-    key = ssh_key()
-    return Launcher(api, sdk.create_pod, volumes, ssh, out, key.with_suffix(".pub").read_text())
-
-
-def connect_or_explain() -> RunPodApi:
-    """The API. Raises LaunchError without a key."""
-    api = connect()
-    if api is None:
-        raise LaunchError(
-            "no RunPod key: set RUNPOD_API_KEY, or run `runpod config` (Settings > API Keys in the "
-            "console; it needs read and write)"
-        )
-    return api
-
-
-def find_pod(api: RunPodApi, run_name: str) -> Pod | None:
-    """The pod of a run, also one that is stopped. Raises LaunchError without an answer."""
-    return pod_of(pods_or_explain(api), run_name)
 
 
 def pods_or_explain(api: RunPodApi) -> list[Pod]:
@@ -459,90 +429,6 @@ def pod_of(pods: Sequence[Pod], run_name: str) -> Pod | None:
     return next((p for p in pods if p.labels.get("run") == run_name or p.name in names), None)
 
 
-def status(api: RunPodApi, run_name: str) -> dict[str, Any] | None:
-    """What the pod of a run says of it; None where there is no pod."""
-    pod = find_pod(api, run_name)
-    if pod is None:
-        return None
-    command = f"cat $(python3 -c 'import json;print(json.load(open(\"{MOUNT}/nanochat/current-run"
-    text = ssh(pod.address, command + ".json\")))')/status.json") if pod.address else None
-    try:
-        found = json.loads(text or "{}")
-    except json.JSONDecodeError:
-        found = {}
-    usd = reap.cost_of(pod, time.time())
-    message = f"pod {pod.id} is {pod.status} at ${pod.usd_per_hour:.2f}/h, so far ${usd:.2f}"
-    return {
-        "name": run_name,
-        "pod": pod.id,
-        "state": pod.status,
-        "exit_code": None,
-        **found,
-        "pod_usd": round(usd, 4),
-        "message": f"{message}. {found.get('message') or ''}".rstrip(". "),
-    }
-
-
-def stop(launcher: Launcher, run_name: str, grace_s: float = 120.0) -> int:
-    """Stop a run with a checkpoint and end its pod; the run's exit code."""
-    pod = find_pod(launcher.api, run_name)
-    if pod is None:
-        raise LaunchError(f"there is no pod of {run_name}: nothing of it is billed but its volume")
-    exit_code = EXIT_STOPPED
-    if pod.address is not None:
-        launcher.shell(pod.address, "pkill -TERM -f infra.podrun")
-        deadline = time.monotonic() + grace_s
-        while time.monotonic() < deadline:
-            current = launcher._look(run_name, pod.id)
-            if current is None:
-                break
-            state = launcher._state(current)
-            if state.get("phase") == "ended":
-                exit_code = int(state["exit_code"])
-                break
-            time.sleep(1.0)
-    launcher.end(run_name, pod.id)
-    return exit_code
-
-
-def ssh(address: tuple[str, int], command: str) -> str | None:
-    """What a command prints on a pod; None where it cannot be reached."""
-    try:
-        done = subprocess.run(
-            [*ssh_command(address), command], capture_output=True, timeout=30.0, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.decode(errors="replace") if done.returncode == 0 else None
-
-
-def ssh_command(address: tuple[str, int]) -> list[str]:
-    """ssh to a pod as root. A pod's host key is made at its birth, so there is none to know."""
-    options = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "ConnectTimeout=10")
-    quiet = ("BatchMode=yes", "LogLevel=ERROR")
-    flags = [word for option in (*options, *quiet) for word in ("-o", option)]
-    return ["ssh", *flags, "-i", str(ssh_key()), "-p", str(address[1]), f"root@{address[0]}"]
-
-
-def run_on_pod(address: tuple[str, int], run_name: str) -> Host:
-    """A run's files on its pod, for `pull`."""
-    return Host(ssh_command(address), f"{MOUNT}/nanochat/runs/{run_name}")
-
-
-def ssh_key() -> Path:
-    """The key of this machine for pods; made at first use. Raises LaunchError without ssh."""
-    key = nanochat_home() / "ssh" / "id_ed25519"
-    if key.exists():
-        return key
-    key.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "nanochat", "-f", str(key)]
-    try:
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    except (OSError, subprocess.CalledProcessError):
-        raise LaunchError("ssh-keygen is missing: apt-get install openssh-client") from None
-    return key
-
-
 def check_image(options: RunPodOptions) -> RunPodOptions:
     """Raises LaunchError where RunPod could not pull the image."""
     if options.image:
@@ -551,11 +437,6 @@ def check_image(options: RunPodOptions) -> RunPodOptions:
         f"RunPod pulls from a registry, and {default_image()} is only here: "
         "make push REGISTRY=ghcr.io/YOU, then --image ghcr.io/YOU/" + default_image()
     )
-
-
-def present_secrets(environ: Any) -> tuple[str, ...]:
-    """Names of the secrets that the environment has a value for."""
-    return tuple(name for name in SECRETS if environ.get(name))
 
 
 def _places(
@@ -589,12 +470,3 @@ def _places(
 def _quoted(text: str) -> str:
     """The SDK puts strings between quotes as they are."""
     return json.dumps(text)[1:-1]
-
-
-def _sdk() -> Any:
-    try:
-        import runpod
-    except ImportError:
-        raise LaunchError("the RunPod SDK is missing: `make cloud-venv` (docs/cloud.md)") from None
-    runpod.api_key = connect_or_explain()._key
-    return runpod

@@ -8,37 +8,38 @@
 * SkyPilot knows 0, 100 and 1; the run's own exit code is read from its status.json.
 """
 
-import contextlib
-import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import yaml
 
 from infra.hardware import OFFERS
-from infra.launch.base import SECRETS, Job, LaunchError, Rendered, worst_case_usd
+from infra.launch.base import (
+    IMAGE_NAME,
+    Job,
+    LaunchError,
+    Rendered,
+    present_secrets,
+    worst_case_usd,
+)
+from infra.launch.sky_cluster import Sky, cluster_name, exit_code_on, note_pods, tear_down
 from infra.processes import APP_DIR
-from infra.runpod_api import ProviderError, connect
-from nanochat.rundir import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_UNFIT_NODE
+from nanochat.rundir import EXIT_DONE, EXIT_STOPPED, EXIT_UNFIT_NODE
 
 TASKS = APP_DIR / "sky"
 LAUNCH_LIMIT_S = 2400.0
 """Image pull, start and set-up over all rungs; SkyPilot itself waits without a limit."""
+CPUS_ELSEWHERE = "4+"
+"""For a run without GPU on another cloud, which has other names for its machines."""
 BOOT_MINUTES = 15.0
 """Billed before the run starts; the run's own budget counts from its first second."""
-NAME_LIMIT = 30
-"""RunPod's names; SkyPilot adds a hash and `-head` to a cluster's."""
-VERIFY_S = 120.0
-POLL_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,36 +52,10 @@ class SkyOptions:
     """Unset: the file of sky/ that runs the config."""
     infra: str = ""
     """Another place, e.g. `lambda`, by accelerator instead of by RunPod's instance type."""
+    spot: bool = False
+    """Interruptible machines: cheaper, and gone at any moment; the same command resumes."""
     detach: bool = False
     """Return as soon as the run has started."""
-
-
-class Sky(Protocol):
-    """What is used of SkyPilot; every call waits for its result."""
-
-    def launch(self, task: dict[str, Any], cluster: str, secrets: dict[str, str]) -> int:
-        """Provision and submit; the job's number."""
-
-    def cancel_launch(self) -> None:
-        """Give up a launch that hangs."""
-
-    def logs(self, cluster: str, job: int) -> int:
-        """Copy the log to its end; 0, or 100 where the job failed."""
-
-    def exists(self, cluster: str) -> bool:
-        """Whether SkyPilot knows a cluster of that name that is not down."""
-
-    def down(self, cluster: str) -> None:
-        """Terminate it."""
-
-    def status(self) -> list[dict[str, Any]]:
-        """Name, status, autostop and USD per hour of every cluster."""
-
-
-def cluster_name(run_name: str) -> str:
-    """Name of the cluster of a run: lower case, digits and hyphens, short enough for RunPod."""
-    name = re.sub(r"[^a-z0-9]+", "-", run_name.lower()).strip("-")
-    return (name if name[:1].isalpha() else f"run-{name}")[:NAME_LIMIT].rstrip("-")
 
 
 def task_file(job: Job, options: SkyOptions) -> Path:
@@ -106,9 +81,14 @@ def fill(job: Job, options: SkyOptions) -> dict[str, Any]:
         # the shell splits an unquoted $ARGS at blanks and keeps quotes: they stand in the command
         task["run"] = task["run"].replace("$ARGS", shlex.join(job.overrides))
         task["envs"]["ARGS"] = ""
+    for hook in (task.get("config") or {}).get("hooks", ()):
+        hook["run"] = f"nanochat stop {job.name}"
     resources = task["resources"]
+    if options.spot:
+        resources["use_spot"] = True
     if options.image:
         resources["image_id"] = f"docker:{options.image}"
+    task["envs"][IMAGE_NAME] = resources["image_id"].removeprefix("docker:")
     if options.infra:
         count, _, gpu = str(job.plan["offer"]).partition("x")
         resources.pop("ordered", None)
@@ -117,6 +97,8 @@ def fill(job: Job, options: SkyOptions) -> dict[str, Any]:
         resources["infra"] = options.infra
         if gpu:
             resources["accelerators"] = f"{SKY_GPUS.get(gpu, gpu)}:{count}"
+        else:
+            resources["cpus"] = CPUS_ELSEWHERE
     check_prices(job, task)
     return task
 
@@ -197,7 +179,7 @@ def submit(job: Job, options: SkyOptions, sky: Sky, out: TextIO = sys.stderr) ->
     existed = sky.exists(cluster)
     if existed:
         out.write(f"{cluster} is up already: the run is given to it\n")
-    secrets = {name: os.environ[name] for name in SECRETS if os.environ.get(name)}
+    secrets = {name: os.environ[name] for name in present_secrets(os.environ)}
     try:
         number = _within(
             LAUNCH_LIMIT_S, lambda: sky.launch(task, cluster, secrets), sky.cancel_launch
@@ -219,54 +201,43 @@ def submit(job: Job, options: SkyOptions, sky: Sky, out: TextIO = sys.stderr) ->
             f"SkyPilot could not start {cluster}: {e}. It is torn down, and nothing is billed",
             EXIT_UNFIT_NODE,
         ) from None
-    out.write(f"{cluster} runs {job.name}: sky logs {cluster}, sky down {cluster}\n")
+    note_pods(cluster, job.name, worst_usd(job, task))
+    out.write(f"{cluster} runs {job.name}: nanochat status {job.name}, nanochat stop {job.name}\n")
     if options.detach:
         return EXIT_DONE
     code = sky.logs(cluster, number)
     return EXIT_DONE if code == 0 else exit_code_on(cluster, job.name)
 
 
-def tear_down(cluster: str, sky: Sky) -> None:
-    """Terminate a cluster, and ask the provider until it is gone. Raises LaunchError where not."""
-    deadline = time.monotonic() + VERIFY_S
-    while True:
-        with contextlib.suppress(Exception):  # an unknown cluster is what is wanted
-            sky.down(cluster)
-        left = strays(cluster)
-        if left is not None and not left:
-            return
-        if time.monotonic() > deadline:
-            break
-        time.sleep(POLL_S)
-    what = "RunPod does not answer" if left is None else f"still there: {', '.join(left)}"
-    raise LaunchError(
-        f"{cluster} may still be billed ({what}): run `nanochat reap`, or end it in the console", 1
-    )
+def render_sweep(jobs: Sequence[Job], options: SkyOptions) -> Rendered:
+    """The tasks of a sweep as YAML documents, and the most that all of them can cost."""
+    rendered = [render(job, options) for job in jobs]
+    costs = [r.worst_case_usd for r in rendered if r.worst_case_usd is not None]
+    total = sum(costs) if len(costs) == len(rendered) else None
+    return Rendered("---\n".join(r.text for r in rendered), total)
 
 
-def strays(cluster: str) -> list[str] | None:
-    """Ids of the cluster's pods on RunPod, which are ended; None while RunPod does not answer."""
-    api = connect()
-    if api is None:
-        return []
-    try:
-        # SkyPilot: CLUSTER-USERHASH-head
-        mine = [p for p in api.pods() if re.fullmatch(rf"{cluster}-[0-9a-f]+-head", p.name)]
-        for pod in mine:
-            with contextlib.suppress(ProviderError):
-                api.terminate(pod.id)
-        return [p.id for p in mine]
-    except ProviderError:
-        return None
-
-
-def exit_code_on(cluster: str, run_name: str) -> int:
-    """The run's own exit code, by the ssh entry that SkyPilot has made; 70 where it is not told."""
-    command = ["ssh", "-o", "BatchMode=yes", cluster, "nanochat", "status", run_name, "--json"]
-    with contextlib.suppress(subprocess.SubprocessError, OSError, ValueError, KeyError, TypeError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60.0)
-        return int(json.loads(done.stdout)["exit_code"])
-    return EXIT_FAILED
+def submit_sweep(
+    jobs: Sequence[Job], options: SkyOptions, sky: Sky, out: TextIO = sys.stderr
+) -> int:
+    """Give every run to SkyPilot's controller of managed jobs, which starts and recovers them."""
+    secrets = {name: os.environ[name] for name in present_secrets(os.environ)}
+    tasks = [fill(job, options) for job in jobs]
+    submitted: list[str] = []
+    for job, task in zip(jobs, tasks, strict=True):
+        try:
+            number = sky.launch_managed(task, cluster_name(job.name), secrets)
+        except Exception as e:  # SkyPilot raises what any of its parts raises
+            there = f"; submitted so far: {', '.join(submitted)}" if submitted else ""
+            raise LaunchError(
+                f"SkyPilot did not take {job.name}: {e}{there}. sky jobs queue lists them, "
+                "sky jobs cancel NUMBER ends one",
+                EXIT_UNFIT_NODE,
+            ) from None
+        submitted.append(f"{job.name} (job {number})")
+        out.write(f"{submitted[-1]} is submitted\n")
+    out.write("sky jobs queue lists them, sky jobs logs NUMBER follows one\n")
+    return EXIT_DONE
 
 
 def _within(limit_s: float, call: Callable[[], int], give_up: Callable[[], None]) -> int:

@@ -25,12 +25,20 @@ class SkyPilot:
         self._request: Any = None
 
     def launch(self, task: dict[str, Any], cluster: str, secrets: dict[str, str]) -> int:
+        self._request = self._sky.launch(self._task(task, secrets), cluster_name=cluster)
+        number, _ = self._sky.stream_and_get(self._request)
+        return int(number)
+
+    def launch_managed(self, task: dict[str, Any], name: str, secrets: dict[str, str]) -> int:
+        request = self._sky.jobs.launch(self._task(task, secrets), name=name)
+        numbers, _ = self._sky.stream_and_get(request)
+        return int(numbers[0] if isinstance(numbers, list) else numbers)
+
+    def _task(self, task: dict[str, Any], secrets: dict[str, str]) -> Any:
         made = self._sky.Task.from_yaml_config(task)
         if secrets:
             made.update_secrets(secrets)
-        self._request = self._sky.launch(made, cluster_name=cluster)
-        number, _ = self._sky.stream_and_get(self._request)
-        return int(number)
+        return made
 
     def cancel_launch(self) -> None:
         with contextlib.suppress(Exception):  # the tear-down that follows is what counts
@@ -40,7 +48,9 @@ class SkyPilot:
         return int(self._sky.tail_logs(cluster, job, follow=True) or 0)
 
     def exists(self, cluster: str) -> bool:
-        return any(c["name"] == cluster for c in self.status())
+        # asked anew: what SkyPilot remembers may be a pod that is gone
+        mode = self._sky.StatusRefreshMode.FORCE
+        return bool(self._sky.get(self._sky.status([cluster], refresh=mode)))
 
     def down(self, cluster: str) -> None:
         self._sky.get(self._sky.down(cluster))

@@ -14,7 +14,7 @@ import pytest
 from tests.twin.engine import ROOT, Engine, wait_until
 from tests.twin.runpod.account import Fault, Pod
 from tests.twin.runpod.cloud import Cloud
-from tests.twin.runpod.sdk import python_with_sdk
+from tests.twin.runpod.venv import cloud_bin
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -25,7 +25,7 @@ START_S = 400.0
 
 @dataclass
 class Client:
-    """A person's shell: `nanochat` with the SDK and a key, and nothing else of this machine."""
+    """A person's shell: `nanochat` of make cloud-venv, a key, and nothing else of this machine."""
 
     cloud: Cloud
     home: Path
@@ -41,9 +41,8 @@ class Client:
         }
 
     def start(self, *words: str) -> "subprocess.Popen[str]":
-        command = [str(python_with_sdk()), "entrypoint.py", *words]
         return subprocess.Popen(
-            command,
+            [cloud_bin() / "nanochat", *words],
             cwd=ROOT,
             env=self.env(),
             stdout=subprocess.PIPE,
@@ -86,6 +85,7 @@ class Client:
 
 @pytest.fixture
 def client(engine: Engine, image: str, tmp_path: Path) -> Iterator[Client]:
+    cloud_bin()
     with Cloud(image) as cloud:
         cloud.account.make_volume("nanochat", "CA-MTL-1", 10)
         yield Client(cloud, tmp_path, image)
@@ -173,7 +173,52 @@ def test_a_refused_end_is_asked_again_and_reaped(client: Client) -> None:
     assert client.cloud.account.alive() == []
 
 
-@pytest.mark.long
+def test_a_stopped_supervisor_cannot_spend_more(client: Client, engine: Engine) -> None:
+    """SIGSTOP of the supervisor: the dead man's switch counts the ledger and ends the pod."""
+    account = client.cloud.account
+    account.price_factor = 20.0
+    max_usd = 0.08
+    endless = ("base_train.num_steps=1000000", "budget.checkpoint_every_s=5.0")
+    process = client.start(*client.launch(f"budget.max_usd={max_usd}", *endless))
+
+    def has_checkpoint() -> bool:
+        pods = account.alive()
+        return bool(pods and client.shown(pods[0], f"{RUN}/checkpoints/base_train/latest"))
+
+    client.wait_for(has_checkpoint, process, "a checkpoint")
+    pod = client.pod()
+    pid = json.loads(client.shown(pod, f"{RUN}/status.json"))["pid"]
+    assert pod.container is not None
+    client.cloud.engine.run(pod.container, "kill", "-STOP", str(pid))
+    assert process.wait(START_S) == 75, "the launcher saw the pod vanish"
+    assert account.alive() == []
+    assert str(pod.ended_by).startswith("172.30."), "by the pod itself"
+    assert account.spent_usd() <= max_usd + pod.usd_per_hour / 60.0, "one tick"
+    found = client.on_volume(engine, f"ls {RUN}/checkpoints/base_train/*/manifest.json")
+    assert "manifest.json" in found
+
+
+def test_a_stopped_trainer_is_ended_and_continued(client: Client, engine: Engine) -> None:
+    """SIGSTOP of the trainer: within `runtime.hang_s` it is ended, and the run goes to its end."""
+    process = client.start(
+        *client.launch("runtime.hang_s=10.0", "base_train.num_steps=400", "budget.max_usd=1.0")
+    )
+
+    def trains() -> bool:
+        pods = client.cloud.account.alive()
+        return bool(pods) and '"step": 40,' in client.shown(pods[0], f"{RUN}/metrics.jsonl")
+
+    client.wait_for(trains, process, "a run")
+    container = client.pod().container
+    assert container is not None
+    stop = "pkill -STOP -f nanochat.stages.base_train"
+    client.cloud.engine.run(container, "sh", "-c", stop)
+    output = process.communicate(timeout=1500)[0]
+    assert process.returncode == 0, output
+    assert "gave no sign of life and was ended" in output
+    assert client.cloud.account.alive() == []
+
+
 def test_no_capacity_unfit_prices_and_boot_failures_fall_through(client: Client) -> None:
     """Stock-outs take the next rung, a pod that does not come up is ended and another asked for."""
     account = client.cloud.account
@@ -189,7 +234,6 @@ def test_no_capacity_unfit_prices_and_boot_failures_fall_through(client: Client)
     assert account.alive() == []
 
 
-@pytest.mark.long
 def test_an_exited_pod_is_noticed_and_ended(client: Client) -> None:
     process = client.start(*client.launch())
 

@@ -1,6 +1,7 @@
 """The launcher for SkyPilot against a small SkyPilot of our own; tests/e2e has the real one."""
 
 import io
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,23 @@ from typing import Any
 import pytest
 import yaml
 
+from infra import reap
 from infra.launch import sky as launcher
+from infra.launch import sky_cluster
 from infra.launch.base import Job, LaunchError
-from infra.launch.sky import SkyOptions, cluster_name, fill, render, submit, worst_usd
-from nanochat.spec import load_spec
+from infra.launch.sky import (
+    SkyOptions,
+    fill,
+    render,
+    render_sweep,
+    submit,
+    submit_sweep,
+    worst_usd,
+)
+from infra.launch.sky_cluster import cluster_name
+from infra.launch.sky_sweep import points
+from infra.runpod_api import Pod, ProviderError
+from nanochat.spec import SpecError, load_spec
 from tests.twin.runpod import catalog
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +58,12 @@ class FakeSky:
             raise RuntimeError(self._trouble)
         return 1
 
+    def launch_managed(self, task: dict[str, Any], name: str, secrets: dict[str, str]) -> int:
+        if self._trouble and len(self.launched) == 1:
+            raise RuntimeError(self._trouble)
+        self.launched.append(task)
+        return len(self.launched)
+
     def cancel_launch(self) -> None:
         self.cancelled = True
 
@@ -63,7 +83,7 @@ class FakeSky:
 
 @pytest.fixture(autouse=True)
 def no_provider(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "connect", lambda: None)
+    monkeypatch.setattr(sky_cluster, "connect", lambda: None)
     for name in ("WANDB_API_KEY", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
 
@@ -191,3 +211,145 @@ def test_the_run_s_own_exit_code_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_names_of_clusters_are_within_limits(run: str, cluster: str) -> None:
     assert cluster_name(run) == cluster
+
+
+def test_the_hook_and_the_budget_are_those_of_the_run_that_is_sent() -> None:
+    task = fill(job('name="mine"'), SkyOptions(spot=True))
+    assert task["config"]["hooks"][0]["run"] == "nanochat stop mine"
+    assert task["resources"]["use_spot"] is True
+
+
+def test_a_sweep_is_a_run_per_value_with_a_share_of_the_budget_and_a_name_of_its_own() -> None:
+    found = points(job("budget.max_usd=100.0").spec, ["model.depth=8,10", "seed=1,2"])
+    assert [p[0] for p in found] == [f'name="d20-{d}-{s}"' for d in (8, 10) for s in (1, 2)]
+    runs = [job(*p) for p in found]
+    assert [r.spec.budget.max_usd for r in runs] == [25.0] * 4
+    assert [r.spec.model.depth for r in runs] == [8, 8, 10, 10]
+    rendered = render_sweep(runs, SkyOptions())
+    assert len(list(yaml.safe_load_all(rendered.text))) == 4
+    assert rendered.worst_case_usd == pytest.approx(100.0 + 4 * 30.0 * (15 + 10) / 60)
+
+
+@pytest.mark.parametrize(
+    ("axis", "told"),
+    [
+        ("seed=", "TOML literals"),
+        ("seed", "TOML literals"),
+        ("seed=1,1", "the same values"),
+        (f"seed={','.join(map(str, range(40)))}", "more than 32"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_refused(axis: str, told: str) -> None:
+    with pytest.raises(SpecError, match=told):
+        points(job().spec, [axis])
+
+
+def test_a_sweep_without_a_budget_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"needs budget\.max_usd"):
+        points(load_spec(ROOT / "configs" / "smoke.toml"), ["seed=1,2"])
+
+
+def test_a_sweep_is_given_to_the_controller_and_says_what_was_taken() -> None:
+    runs = [job(*p) for p in points(job().spec, ["seed=1,2"])]
+    sky, out = FakeSky(), io.StringIO()
+    assert submit_sweep(runs, SkyOptions(), sky, out) == 0
+    assert [t["config"]["hooks"][0]["run"] for t in sky.launched] == [
+        "nanochat stop d20-1",
+        "nanochat stop d20-2",
+    ]
+    assert "d20-2 (job 2) is submitted" in out.getvalue()
+    with pytest.raises(LaunchError, match=r"did not take d20-2.*submitted so far: d20-1 \(job 1\)"):
+        submit_sweep(runs, SkyOptions(), FakeSky("queue is full"), io.StringIO())
+
+
+class Provider:
+    """RunPod with the pods of a cluster."""
+
+    def __init__(self, *pods: Pod) -> None:
+        self.there = list(pods)
+
+    def pods(self) -> list[Pod]:
+        return list(self.there)
+
+    def terminate(self, pod_id: str) -> None:
+        self.there = [p for p in self.there if p.id != pod_id]
+
+
+POD = Pod("p1", "d20-0a1b2c3d-head", "RUNNING", 21.52, 3600.0, {}, ("10.0.0.1", 22))
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """A cluster d20 that SkyPilot has made: what its pod answers."""
+    said: dict[str, Any] = {
+        "runs": [{"name": "d20", "state": "RUNNING", "exit_code": None, "heartbeat": 1.0}],
+        "asked": [],
+        "provider": Provider(POD),
+    }
+    (tmp_path / ".sky" / "generated" / "ssh").mkdir(parents=True)
+    (tmp_path / ".sky" / "generated" / "ssh" / "d20").write_text("Host d20\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sky_cluster, "connect", lambda: said["provider"])
+
+    def on(cluster: str, command: str, timeout_s: float = 0.0) -> str | None:
+        said["asked"].append(command)
+        if command.startswith("nanochat stop"):
+            said["runs"][0] |= {"state": "STOPPED", "exit_code": 75}
+        return None if said["runs"] is None else json.dumps(said["runs"])
+
+    monkeypatch.setattr(sky_cluster, "POLL_S", 0.0)
+    monkeypatch.setattr(sky_cluster, "on", on)
+    return said
+
+
+def test_status_says_what_the_run_and_the_pod_say(cluster: dict[str, Any]) -> None:
+    found = sky_cluster.status("d20")
+    assert found is not None
+    assert (found["state"], found["exit_code"], found["pod"]) == ("RUNNING", None, "p1")
+    assert found["pod_usd"] == pytest.approx(21.52)
+    assert found["message"] == "SkyPilot's cluster d20: pod p1 is RUNNING at $21.52/h. RUNNING"
+    cluster["runs"] = None
+    found = sky_cluster.status("d20")
+    assert found is not None and found["state"] == "RUNNING" and found["exit_code"] is None
+    cluster["provider"] = Provider()
+    found = sky_cluster.status("d20")
+    assert found is not None and "sky status -r" in found["message"]
+    assert sky_cluster.status("d24") is None
+
+
+def test_of_several_runs_the_named_or_the_living_one_is_meant(cluster: dict[str, Any]) -> None:
+    cluster["runs"] = [
+        {"name": "old", "state": "SUCCEEDED", "exit_code": 0, "heartbeat": 1.0},
+        {"name": "d64_1000usd", "state": "RUNNING", "exit_code": None, "heartbeat": 9.0},
+    ]
+    for name, meant in (("d20", "d64_1000usd"), ("old", "old")):
+        run = sky_cluster.run_on("d20", name)
+        assert run is not None and run["name"] == meant
+
+
+def test_stop_saves_first_and_leaves_nothing_billed(cluster: dict[str, Any]) -> None:
+    assert sky_cluster.stop("d20", FakeSky()) == 75
+    assert "nanochat stop d20" in cluster["asked"]
+    assert cluster["provider"].there == []
+
+
+def test_a_pod_that_does_not_go_is_told(
+    cluster: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sky_cluster, "VERIFY_S", 0.0)
+    monkeypatch.setattr(cluster["provider"], "terminate", lambda _: None)
+    with pytest.raises(LaunchError, match="may still be billed.*p1"):
+        sky_cluster.stop("d20", FakeSky())
+
+    def lost() -> None:
+        raise ProviderError("timed out")
+
+    monkeypatch.setattr(cluster["provider"], "pods", lost)
+    with pytest.raises(LaunchError, match="RunPod does not answer"):
+        sky_cluster.tear_down("d20", FakeSky())
+
+
+def test_reap_knows_what_a_cluster_may_cost(cluster: dict[str, Any]) -> None:
+    sky_cluster.note_pods("d20", "d20", 20.0)
+    (row,) = reap.reap(cluster["provider"])
+    assert (row.run, row.max_usd, row.action) == ("d20", 20.0, "ended")

@@ -66,6 +66,18 @@ def test_the_pods_of_others_are_never_touched(file: Path) -> None:
     assert actions(Account(other), file) == []
 
 
+def test_pods_of_skypilot_are_known_by_our_image(file: Path) -> None:
+    def made(name: str, image: str) -> Account:
+        return Account(Pod("x", name, "EXITED", 1.0, 1e6, {}, image=image))
+
+    ours, image = "d20-0a1b2c3d-head", "ghcr.io/me/nanochat@sha256:0a"
+    assert actions(made(ours, image), file) == ["ended"]
+    assert actions(made(ours, "nanochat:0.1.0"), file, dry_run=True) == ["would end"]
+    file.unlink()
+    for name, of in ((ours, "me/not-nanochat:1"), ("my-pod", image), (ours, "nanochat-ui")):
+        assert actions(made(name, of), file) == []
+
+
 def test_a_refusal_is_asked_again_and_then_said(file: Path) -> None:
     assert actions(Account(pod(run="a", max_usd="1"), refuse=2), file) == ["ended"]
     account = Account(pod(run="a", max_usd="1"), refuse=100)

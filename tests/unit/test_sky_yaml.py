@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from infra import hardware, planner
+from infra.launch.base import Job
+from infra.launch.sky import SkyOptions, render
 from nanochat.spec import load_spec
 from tests.twin.engine import image_tag
 from tests.twin.runpod import catalog
@@ -135,62 +137,124 @@ from sky import clouds
 from sky.optimizer import Optimizer
 
 found = {}
-for path in sys.argv[1:]:
+for path, cloud, spot in json.loads(sys.argv[1]):
     config = yaml.safe_load(Path(path).read_text())
     config.pop("volumes", None)          # looked up on the API server
     for target in (config.get("file_mounts") or {}).values():
         Path(target).touch()
     task = sky.Task.from_yaml_config(config)
     task.validate()
+    if spot:
+        task.set_resources_override({"use_spot": True})
     dag = sky.Dag()
     dag.add(task)
-    enabled = lambda *a, **k: [clouds.RunPod()]
+    enabled = lambda *a, **k: [getattr(clouds, cloud)()]
     with mock.patch("sky.check.get_cached_enabled_clouds_or_refresh", enabled):
         Optimizer.optimize(dag, quiet=True)
     best = dag.tasks[0].best_resources
-    found[Path(path).stem] = {
+    found[f"{Path(path).stem} {cloud} {spot}"] = {
         "instance_type": best.instance_type, "usd_per_hour": best.get_cost(3600),
         "down": best.autostop_config.down, "image": best.extract_docker_image(),
-        "hooks": len((config.get("config") or {}).get("hooks", [])),
+        "hooks": len((config.get("config") or {}).get("hooks", [])), "spot": best.use_spot,
     }
 print(json.dumps(found))
 """
+HEAD = (
+    "InstanceType,AcceleratorName,AcceleratorCount,vCPUs,MemoryGiB,Price,Region,GpuInfo,SpotPrice\n"
+)
+ELSEWHERE = {
+    "lambda": HEAD
+    + "gpu_8x_h100_sxm5,H100,8.0,208.0,1800.0,23.92,us-east-1,H100,\n"
+    + "cpu_4x_general,,,4.0,16.0,0.1,us-east-1,,\n",
+    "nebius": HEAD
+    + "gpu-h100-sxm_8gpu-128vcpu-1600gb,H100,8.0,128.0,1600.0,23.6,eu-north1,H100,\n"
+    + "cpu-d3_4vcpu-16gb,,,4.0,16.0,0.1,eu-north1,,\n",
+}
+"""Machines of two more clouds as SkyPilot's catalog has them; prices of 2026-11."""
+CLOUDS = {"lambda": "Lambda", "nebius": "Nebius"}
 
 
-def skypilot(tmp_path: Path, *files: Path) -> "subprocess.CompletedProcess[str]":
+def skypilot(home: Path, *asked: tuple[Path, str, bool]) -> "subprocess.CompletedProcess[str]":
     """SkyPilot's schema and optimizer with a catalog on disk: no server, no key, no network."""
     if not PYTHON.exists():
         if os.environ.get("CI"):
             pytest.fail("CI has no .venv-cloud: make cloud-venv")
         pytest.skip("SkyPilot is not installed: make cloud-venv")
-    for name, text in catalog.files().items():
-        file = tmp_path / ".sky" / "catalogs" / "v8" / name
+    others = {f"{name}/vms.csv": text for name, text in ELSEWHERE.items()}
+    for name, text in (catalog.files() | others).items():
+        file = home / ".sky" / "catalogs" / "v8" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     env = {
-        "HOME": str(tmp_path),
+        "HOME": str(home),
         "PATH": os.environ["PATH"],
         "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
     }
-    command = [str(PYTHON), "-c", CHECK, *map(str, files)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    listed = [(str(path), cloud, spot) for path, cloud, spot in asked]
+    command = [str(PYTHON), "-c", CHECK, json.dumps(listed)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=home)
 
 
-def test_skypilot_takes_every_file_and_picks_the_first_rung(tmp_path: Path) -> None:
-    done = skypilot(tmp_path, *TASKS)
+def elsewhere(path: Path, infra: str, to: Path) -> Path:
+    """The task as `launch --to sky --infra` sends it to another cloud."""
+    found = re.search(r"@(configs/\S+\.toml)", load(path)["run"])
+    assert found is not None
+    spec = load_spec(ROOT / found[1])
+    plan = {"offer": spec.offer, "usd_per_hour": 0.1 if spec.offer == "cpu" else 21.52}
+    job = Job(config=found[1], overrides=(), spec=spec, plan=plan)
+    to.mkdir(exist_ok=True)
+    sent = to / path.name
+    sent.write_text(render(job, SkyOptions(infra=infra, task=path)).text)
+    return sent
+
+
+@pytest.fixture(scope="module")
+def taken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What SkyPilot makes of every task, on RunPod, there on spot, and on two more clouds."""
+    home = tmp_path_factory.mktemp("sky")
+    asked = [(path, "RunPod", spot) for path in TASKS for spot in (False, True)]
+    for infra, cloud in CLOUDS.items():
+        asked += [(elsewhere(path, infra, home / infra), cloud, False) for path in RUNS]
+    done = skypilot(home, *(a for a in asked if not (a[2] and a[0].stem == "cpu_smoke")))
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    for path in TASKS:
-        first = next(rungs(load(path)))
-        took = found[path.stem]
-        assert took["instance_type"] == first["instance_type"]
-        assert took["usd_per_hour"] <= first["max_hourly_cost"]
-        assert took["down"] is True
-        assert took["image"] == image_tag()
+    found: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("path", TASKS, ids=ids)
+def test_skypilot_takes_every_file_and_picks_the_first_rung(
+    path: Path, taken: dict[str, dict[str, Any]]
+) -> None:
+    first = next(rungs(load(path)))
+    took = taken[f"{path.stem} RunPod False"]
+    assert took["instance_type"] == first["instance_type"]
+    assert took["usd_per_hour"] <= first["max_hourly_cost"]
+    assert took["down"] is True
+    assert took["image"] == image_tag()
+
+
+@pytest.mark.parametrize("path", [p for p in TASKS if p.stem != "cpu_smoke"], ids=ids)
+def test_every_file_is_its_own_spot_variant(path: Path, taken: dict[str, dict[str, Any]]) -> None:
+    """With --use-spot of sky launch and sky jobs launch; RunPod has no CPU pods on spot."""
+    took, dear = taken[f"{path.stem} RunPod True"], taken[f"{path.stem} RunPod False"]
+    assert took["spot"] is True
+    assert took["instance_type"] == dear["instance_type"]
+    assert took["usd_per_hour"] < dear["usd_per_hour"]
+
+
+@pytest.mark.parametrize("infra", CLOUDS)
+@pytest.mark.parametrize("path", RUNS, ids=ids)
+def test_every_run_fits_two_more_clouds(
+    path: Path, infra: str, taken: dict[str, dict[str, Any]]
+) -> None:
+    took = taken[f"{path.stem} {CLOUDS[infra]} False"]
+    assert took["instance_type"] in ELSEWHERE[infra]
+    assert took["usd_per_hour"] <= next(rungs(load(path)))["max_hourly_cost"]
+    assert took["down"] is True and took["image"] == image_tag()
 
 
 def test_a_typo_is_refused(tmp_path: Path) -> None:
     typo = tmp_path / "typo.yaml"
     text = (ROOT / "sky" / "d20_h100.yaml").read_text()
     typo.write_text(text.replace("disk_size", "disc_size"))
-    assert "disc_size" in skypilot(tmp_path, typo).stderr
+    assert "disc_size" in skypilot(tmp_path, (typo, "RunPod", False)).stderr

@@ -1,0 +1,193 @@
+"""What is done with a cluster that SkyPilot has made: the way into it, its state, its end.
+
+* SkyPilot's own word for a run's end is 0, 100 or 1; what the run says stands in its status.json.
+* The way in is the entry for ssh that SkyPilot writes on this machine; without one there is no
+  cluster of that name here.
+* Its end is believed when the provider no longer lists a pod of it.
+"""
+
+import contextlib
+import json
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from infra import reap
+from infra.launch.base import LaunchError
+from infra.runpod_api import Pod, ProviderError, connect
+from nanochat.rundir import EXIT_FAILED, EXIT_STOPPED
+
+NAME_LIMIT = 30
+"""RunPod's names; SkyPilot adds a hash and `-head` to a cluster's."""
+VERIFY_S = 120.0
+POLL_S = 2.0
+ANSWER_S = 60.0
+STOP_S = 360.0
+"""A stop with a checkpoint of the largest run, over ssh."""
+
+
+class Sky(Protocol):
+    """What is used of SkyPilot; every call waits for its result."""
+
+    def launch(self, task: dict[str, Any], cluster: str, secrets: dict[str, str]) -> int:
+        """Provision and submit; the job's number."""
+
+    def launch_managed(self, task: dict[str, Any], name: str, secrets: dict[str, str]) -> int:
+        """Give it to the controller of managed jobs; the job's number."""
+
+    def cancel_launch(self) -> None:
+        """Give up a launch that hangs."""
+
+    def logs(self, cluster: str, job: int) -> int:
+        """Copy the log to its end; 0, or 100 where the job failed."""
+
+    def exists(self, cluster: str) -> bool:
+        """Whether SkyPilot knows a cluster of that name that is not down."""
+
+    def down(self, cluster: str) -> None:
+        """Terminate it."""
+
+    def status(self) -> list[dict[str, Any]]:
+        """Name, status and autostop of every cluster."""
+
+
+def cluster_name(run_name: str) -> str:
+    """Name of the cluster of a run: lower case, digits and hyphens, short enough for RunPod."""
+    name = re.sub(r"[^a-z0-9]+", "-", run_name.lower()).strip("-")
+    return (name if name[:1].isalpha() else f"run-{name}")[:NAME_LIMIT].rstrip("-")
+
+
+def is_known(cluster: str) -> bool:
+    """Whether SkyPilot has brought up a cluster of that name from this machine."""
+    return ssh_entry(cluster).is_file()
+
+
+def status(name: str) -> dict[str, Any] | None:
+    """What the run on a cluster says, and what the cluster costs; None where there is no cluster.
+
+    name: the run's or the cluster's.
+    """
+    cluster = cluster_name(name)
+    if not is_known(cluster):
+        return None
+    try:
+        pods = pods_of(cluster)
+        where = "; ".join(f"pod {p.id} is {p.status} at ${p.usd_per_hour:.2f}/h" for p in pods)
+        pod = pods[0] if pods else None
+    except ProviderError:
+        where, pod = "RunPod does not answer", None
+    run = run_on(cluster, name)
+    if run is None and pod is None:
+        where = where or "it does not answer; sky status -r says whether it is still there"
+    facts: dict[str, Any] = {"name": name, "exit_code": None, **(run or {}), "cluster": cluster}
+    facts.setdefault("state", pod.status if pod else "UNKNOWN")
+    if pod is not None:
+        facts |= {"pod": pod.id, "pod_usd": round(reap.cost_of(pod, time.time()), 4)}
+    told = str((run or {}).get("message") or (run or {}).get("state") or "")
+    facts["message"] = f"SkyPilot's cluster {cluster}: " + ". ".join(filter(None, (where, told)))
+    return facts
+
+
+def stop(name: str, sky: Sky) -> int:
+    """Stop the run on a cluster with a checkpoint, then bring the cluster down; the exit code."""
+    cluster = cluster_name(name)
+    run = run_on(cluster, name)
+    if run is not None and run["exit_code"] is None:
+        on(cluster, f"nanochat stop {run['name']}", STOP_S)
+        run = run_on(cluster, name)
+    tear_down(cluster, sky)
+    exit_code = (run or {}).get("exit_code")
+    return EXIT_STOPPED if exit_code is None else int(exit_code)
+
+
+def exit_code_on(cluster: str, run_name: str) -> int:
+    """The run's own exit code; 70 where it is not told."""
+    run = run_on(cluster, run_name)
+    return EXIT_FAILED if run is None or run["exit_code"] is None else int(run["exit_code"])
+
+
+def run_on(cluster: str, name: str) -> dict[str, Any] | None:
+    """status.json of the run of that name on a cluster, else of the one that was last alive."""
+    text = on(cluster, "nanochat status --json")
+    try:
+        runs = [r for r in json.loads(text or "[]") if isinstance(r, dict) and "exit_code" in r]
+    except json.JSONDecodeError:
+        return None
+    named = [r for r in runs if r.get("name") == name]
+    return max(named or runs, key=lambda r: float(r.get("heartbeat") or 0.0), default=None)
+
+
+def on(cluster: str, command: str, timeout_s: float = ANSWER_S) -> str | None:
+    """What a command prints there; None where it cannot be asked.
+
+    The image's variables are in the login shell only. The exit code of `nanochat status` is the
+    run's, so what is printed counts.
+    """
+    options = [word for o in ("BatchMode=yes", "ConnectTimeout=15") for word in ("-o", o)]
+    ssh = ["ssh", "-F", str(ssh_entry(cluster)), *options, cluster, f"bash -lc '{command}'"]
+    with contextlib.suppress(subprocess.SubprocessError, OSError):
+        done = subprocess.run(ssh, capture_output=True, text=True, timeout=timeout_s)
+        return done.stdout if done.stdout else None
+    return None
+
+
+def ssh_entry(cluster: str) -> Path:
+    """The file that SkyPilot makes for ssh."""
+    return Path.home() / ".sky" / "generated" / "ssh" / cluster
+
+
+def tear_down(cluster: str, sky: Sky) -> None:
+    """Terminate a cluster, and ask the provider until it is gone. Raises LaunchError where not."""
+    deadline = time.monotonic() + VERIFY_S
+    while True:
+        with contextlib.suppress(Exception):  # an unknown cluster is what is wanted
+            sky.down(cluster)
+        left = strays(cluster)
+        if left is not None and not left:
+            return
+        if time.monotonic() > deadline:
+            break
+        time.sleep(POLL_S)
+    what = "RunPod does not answer" if left is None else f"still there: {', '.join(left)}"
+    raise LaunchError(
+        f"{cluster} may still be billed ({what}): run `nanochat reap`, or end it in the console", 1
+    )
+
+
+def strays(cluster: str) -> list[str] | None:
+    """Ids of the cluster's pods on RunPod, which are ended; None while RunPod does not answer."""
+    api = connect()
+    if api is None:
+        return []
+    try:
+        mine = pods_of(cluster)
+        for pod in mine:
+            with contextlib.suppress(ProviderError):
+                api.terminate(pod.id)
+        return [p.id for p in mine]
+    except ProviderError:
+        return None
+
+
+def pods_of(cluster: str) -> list[Pod]:
+    """Pods of a cluster on RunPod; none without a key. Raises ProviderError."""
+    api = connect()
+    pods = [] if api is None else api.pods()
+    return [p for p in pods if re.fullmatch(rf"{cluster}-[0-9a-f]+-head", p.name)]
+
+
+def note_pods(cluster: str, run_name: str, max_usd: float | None) -> None:
+    """Remember the pods of a cluster, so that `reap` on this machine knows what they may cost."""
+    before = reap.spent_before(run_name)
+    with contextlib.suppress(ProviderError):
+        for pod in pods_of(cluster):
+            reap.note_launch(
+                "made",
+                run_name,
+                pod.id,
+                usd_per_hour=pod.usd_per_hour,
+                born=time.time() - pod.uptime_s,
+                max_usd=None if max_usd is None else max(0.0, max_usd - before),
+            )
