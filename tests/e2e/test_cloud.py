@@ -5,38 +5,57 @@ asks for nothing but the emulated hosts.
 """
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from tests.twin.engine import ROOT, wait_until
-from tests.twin.runpod.account import Pod
+from tests.twin.engine import ROOT, Engine, wait_until
+from tests.twin.runpod.account import Fault, Pod
 from tests.twin.runpod.cloud import Cloud
+from tests.twin.runpod.metrics import losses
+from tests.twin.runpod.venv import cloud_bin
 
-pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 
-BIN = ROOT / ".venv-cloud" / "bin"
-RUN = "/workspace/nanochat/runs/smoke"
+HOME = "/workspace/nanochat"
 COMMAND_S = 1500.0
+"""Ceiling of one command on a machine that others use too; a launch takes about a minute."""
+SMALL = "mid_train.num_steps=4 chat_sft.num_steps=4 chat_rl.num_steps=2 evaluate.max_examples=4"
 TOY = (
-    "base_train.num_steps=60 mid_train.num_steps=4 chat_sft.num_steps=4 chat_rl.num_steps=2 "
-    "base_train.eval_tokens=4096 evaluate.max_examples=4 tok_train.max_chars=200000 "
+    f"base_train.num_steps=100 base_train.eval_tokens=4096 tok_train.max_chars=200000 {SMALL} "
     "budget.checkpoint_every_s=1.0"
 )
+D20_TOY = (
+    'offer="cpu" runtime.device="cpu" runtime.compile=false runtime.num_threads=1 '
+    "model.depth=2 model.aspect_ratio=32 model.head_dim=32 model.seq_len=64 "
+    'model.vocab_size=512 data.source="embedded" tok_train.max_chars=200000 '
+    "base_train.tokens_per_param=1.0 base_train.total_batch_size=1024 "
+    "base_train.eval_tokens=4096 base_train.eval_every_steps=50 "
+    "mid_train.total_batch_size=1024 mid_train.eval_tokens=4096 "
+    "mid_train.mixture={spelling=30,identity=6} chat_sft.total_batch_size=1024 "
+    "chat_sft.eval_tokens=4096 chat_sft.mixture={spelling=30,identity=6} "
+    'chat_rl.task="spelling" chat_rl.num_steps=2 chat_rl.prompts_per_step=2 '
+    "chat_rl.samples_per_prompt=2 chat_rl.max_tokens=8 chat_rl.eval_examples=4 "
+    'evaluate.tasks=["spelling"] evaluate.max_examples=4 evaluate.max_tokens=8 '
+    "checkpoint.free_floor_gib=0.05 budget.checkpoint_every_s=1.0"
+)
+"""d20 on the CPU that a pod here has, from the text and the tasks that are in the image."""
 BROKEN = "rm -rf /root/.local/bin/uv /root/skypilot-runtime; ln -sf /bin/false /usr/bin/curl"
 
 
 class Client:
-    """SkyPilot's command line in a HOME of its own."""
+    """The command line of make cloud-venv in a HOME of its own."""
 
     def __init__(self, cloud: Cloud, home: Path) -> None:
         self.cloud = cloud
+        self.account = cloud.account
         self.env = cloud.client_env(home)
-        self.env["PATH"] = f"{BIN}:{self.env['PATH']}"
+        self.env["PATH"] = f"{cloud_bin()}:{self.env['PATH']}"
 
     def __call__(self, *command: str, timeout_s: float = COMMAND_S) -> tuple[int, str]:
         """(exit code, output) of a command."""
@@ -59,13 +78,33 @@ class Client:
                 return
         pytest.fail(f"SkyPilot does not start: {said}")
 
+    def pod(self) -> Pod:
+        """The one pod that is billed."""
+        (pod,) = self.account.alive()
+        return pod
+
+    def in_pod(self, *command: str) -> str:
+        """What a command prints in it; nothing where there is no pod or it fails."""
+        for pod in self.account.alive():
+            if pod.container is not None:
+                return self.cloud.engine.run(pod.container, *command)
+        return ""
+
+    def status(self, run: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.in_pod("cat", f"{HOME}/runs/{run}/status.json"))
+        return found
+
+    def kill_in_base_train(self, run: str) -> None:
+        """Wait for a first checkpoint, then take the pod away with all its processes."""
+        latest = f"{HOME}/runs/{run}/checkpoints/base_train/latest"
+        wait_until(lambda: "step_" in self.in_pod("cat", latest), COMMAND_S, "a first checkpoint")
+        self.account.preempt(self.pod().id)
+        assert self.account.alive() == []
+
 
 @pytest.fixture(scope="module")
 def client(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    if not (BIN / "sky").exists():
-        if os.environ.get("CI"):
-            pytest.fail("CI has no .venv-cloud: make cloud-venv")
-        pytest.skip("SkyPilot is not installed: make cloud-venv")
+    cloud_bin()
     for tool in ("rsync", "ssh", "openssl"):
         assert shutil.which(tool), f"{tool} is not installed; .ci/run does"
     home = tmp_path_factory.mktemp("sky")
@@ -80,57 +119,46 @@ def client(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli
             made("sky", "api", "stop")
 
 
-def the_pod(cloud: Cloud) -> Pod:
-    (pod,) = cloud.account.alive()
-    return pod
-
-
-def in_pod(cloud: Cloud, *command: str) -> str:
-    pod = the_pod(cloud)
-    assert pod.container is not None
-    return cloud.engine.run(pod.container, *command)
-
-
-def test_smoke_by_sky_launch_resumes_after_its_pod_is_gone(client: Client) -> None:
-    cloud = client.cloud
-    launch = (
-        "sky",
-        "launch",
-        "-y",
-        "-d",
-        "-c",
-        "smoke",
-        "sky/cpu_smoke.yaml",
-        "--env",
-        f"ARGS={TOY}",
-    )
-    code, said = client(*launch)
+def check_resume(client: Client, engine: Engine, run: str, task: str, toy: str) -> None:
+    """Launched as the file stands; its pod killed; the same command again: equal losses, and
+    autodown, which the pod itself calls."""
+    launch = ("sky", "launch", "-y", "-c", run, task, "--env", f"ARGS={toy}")
+    code, said = client(*launch, "-d")
     assert code == 0, said
-    latest = f"{RUN}/checkpoints/base_train/latest"
-    wait_until(lambda: "step_" in in_pod(cloud, "cat", latest), COMMAND_S, "a first checkpoint")
-    first = the_pod(cloud)
-    cloud.account.preempt(first.id)
-    assert cloud.account.alive() == []
-
-    follow = [word for word in launch if word != "-d"]
-    code, said = client(*follow)
-    assert code == 0, said
-    assert "resume" in said.lower(), said
-    status = json.loads(in_pod(cloud, "cat", f"{RUN}/status.json"))
-    assert (status["state"], status["exit_code"]) == ("SUCCEEDED", 0)
-    pod = the_pod(cloud)
-    assert pod.id != first.id
-
-    # autodown: the call comes from the pod, not from this machine
-    code, said = client("sky", "autostop", "-y", "--down", "-i", "0", "smoke")
-    assert code == 0, said
+    first = client.pod()
+    client.kill_in_base_train(run)
+    command = str(yaml.safe_load((ROOT / task).read_text())["run"]).removeprefix("nanochat")
+    with engine.volume() as volume:
+        reference = engine.start(
+            *(*command.replace("$ARGS", "").split(), *toy.split()),
+            volumes={volume: {"bind": "/workspace"}},
+        )
+        code, said = client(*launch)
+        assert code == 0, said
+        assert "resume" in said.lower(), "the log of the run comes through"
+        status = client.status(run)
+        assert (status["state"], status["exit_code"]) == ("SUCCEEDED", 0)
+        pod = client.pod()
+        assert pod.id != first.id
+        # autodown, so that it runs while the reference ends
+        code, said = client("sky", "autostop", "-y", "--down", "-i", "0", run)
+        assert code == 0, said
+        found = losses(client.in_pod("cat", f"{HOME}/runs/{run}/metrics.jsonl"))
+        ended = engine.wait(reference)
+        assert ended.exit_code == 0, ended.output
+        wanted = losses(engine.shell(volume, f"cat {HOME}/runs/{run}/metrics.jsonl"))
+    assert found == wanted and len(wanted) > 20
     wait_until(lambda: pod.ended is not None, COMMAND_S, "autodown of the pod")
-    assert pod.ended_by is not None and pod.ended_by.startswith("172.30.77.")
-    assert not [h for h in cloud.foreign if "runpod" in h]
+    assert str(pod.ended_by).startswith("172.30.77."), "the call comes from the pod"
+    assert not [h for h in client.cloud.foreign if "runpod" in h]
+
+
+def test_smoke_by_sky_launch_resumes_after_its_pod_is_gone(client: Client, engine: Engine) -> None:
+    check_resume(client, engine, "smoke", "sky/cpu_smoke.yaml", TOY)
 
 
 def test_a_failed_set_up_leaves_no_pod(client: Client) -> None:
-    account = client.cloud.account
+    account = client.account
     account.on_start = BROKEN
     try:
         code, said = client("nanochat", "launch", "@configs/smoke.toml", "--to", "sky")
@@ -142,10 +170,54 @@ def test_a_failed_set_up_leaves_no_pod(client: Client) -> None:
     assert any(c["operation"] == "podTerminate" for c in account.calls)
 
 
-def test_no_capacity_falls_through_to_the_next_rung(client: Client) -> None:
-    from tests.twin.runpod.account import Fault
+@pytest.mark.long
+def test_d20_by_sky_launch_resumes_after_its_pod_is_gone(client: Client, engine: Engine) -> None:
+    check_resume(client, engine, "d20", "sky/d20_h100.yaml", D20_TOY)
 
-    account = client.cloud.account
+
+@pytest.mark.long
+def test_status_and_stop_are_ours_too(client: Client) -> None:
+    """launch --to sky, status, stop: a checkpoint, exit code 75, nothing billed."""
+    endless = ("base_train.num_steps=100000", "budget.checkpoint_every_s=5.0", 'name="mine"')
+    budget = ("budget.max_usd=1.0", "budget.usd_per_hour=0.12")
+    launch = ("nanochat", "launch", "@configs/smoke.toml", "--to", "sky", *endless, *budget)
+    code, said = client(*launch, "--detach")
+    assert code == 0, said
+    latest = f"{HOME}/runs/mine/checkpoints/base_train/latest"
+    wait_until(lambda: "step_" in client.in_pod("cat", latest), COMMAND_S, "a first checkpoint")
+    code, said = client("nanochat", "status", "mine", "--json")
+    found = json.loads(said)
+    assert code == 0 and found["state"] == "RUNNING" and found["pod"] == client.pod().id
+    code, said = client("nanochat", "stop", "mine")
+    assert code == 75, said
+    assert client.account.alive() == []
+    code, said = client("nanochat", "reap")
+    assert code == 0 and "no pod" in said
+    code, said = client("nanochat", "status", "mine")
+    assert code == 78, "neither a run nor a cluster is there"
+
+
+@pytest.mark.long
+def test_an_exited_spot_pod_is_reaped_and_the_run_goes_on(client: Client) -> None:
+    """What SkyPilot cannot read (KeyError 'EXITED') is ended by `reap`, and it can launch again."""
+    launch = ("sky", "launch", "-y", "-c", "outbid", "sky/cpu_smoke.yaml")
+    arguments = ("--env", f'ARGS=name="outbid" {TOY}')
+    code, said = client(*launch, *arguments, "-d")
+    assert code == 0, said
+    pod = client.pod()
+    client.account.exit_pod(pod.id)
+    code, said = client("nanochat", "reap")
+    assert code == 0 and "it is EXITED" in said, said
+    assert client.account.alive() == []
+    code, said = client(*launch, *arguments)
+    assert code == 0, said
+    client("sky", "down", "-y", "outbid")
+    assert client.account.alive() == []
+
+
+@pytest.mark.long
+def test_no_capacity_falls_through_to_the_next_rung(client: Client) -> None:
+    account = client.account
     account.faults["deploy"] = Fault(times=1)
     code, said = client(
         *("sky", "launch", "-y", "-c", "ladder", "sky/d20_h100.yaml"),

@@ -14,6 +14,7 @@ import pytest
 from tests.twin.engine import ROOT, Engine, wait_until
 from tests.twin.runpod.account import Fault, Pod
 from tests.twin.runpod.cloud import Cloud
+from tests.twin.runpod.metrics import losses
 from tests.twin.runpod.venv import cloud_bin
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(1800)]
@@ -89,16 +90,6 @@ def client(engine: Engine, image: str, tmp_path: Path) -> Iterator[Client]:
     with Cloud(image) as cloud:
         cloud.account.make_volume("nanochat", "CA-MTL-1", 10)
         yield Client(cloud, tmp_path, image)
-
-
-def losses(lines: str) -> list[tuple[str, int, float]]:
-    """(stage, step, loss) with the last line of every step, as a reader of metrics.jsonl does."""
-    last: dict[tuple[str, int], float] = {}
-    for line in lines.splitlines():
-        record = json.loads(line)
-        if "loss" in record:
-            last[record["stage"], record["step"]] = record["loss"]
-    return sorted((stage, step, loss) for (stage, step), loss in last.items())
 
 
 def test_a_killed_pod_is_resumed_with_equal_metrics(
