@@ -15,13 +15,17 @@ from nanochat.engine import Engine, Generation, Request
 from nanochat.evaluation import Marked, accuracy, evaluate
 from nanochat.gpt import GPT
 from nanochat.scaling import GPTConfig
-from nanochat.tasks import Task, make_task
+from nanochat.spec import GENERATED_TASKS
+from nanochat.tasks import TASKS, Task, make_task
 from nanochat.tasks.core import CoreTask, core_tasks
 from nanochat.tokenizer import Tokenizer, render_conversation
+from nanochat.touches import TASK_FILES
 from tests.twin import published
 
 TOKENIZER = Tokenizer.train(["the lamp is kept in a cellar, in a boat, on a meadow " * 9], 320)
-CHOICES = ("arc_easy", "arc_challenge", "mmlu", "kinds")
+SCORED = [n for n in TASKS if n in GENERATED_TASKS or "test" in TASK_FILES[n]]
+"""Every task that can be evaluated, but for CORE's."""
+CHOICES = [name for name in SCORED if getattr(TASKS[name], "kind", None) == "choice"]
 SEQ_LEN = 512
 MANY = 120
 
@@ -121,13 +125,10 @@ def answered(engine: Any, task: Any, num_examples: int = 10_000, **options: Any)
     return [marked for batch in batches for marked in batch]
 
 
-GENERATIVE = ["gsm8k", "copying", "arithmetic", "spelling"]
-if sandbox.problem() is None:
-    GENERATIVE.append("humaneval")
-
-
-@pytest.mark.parametrize("name", [*CHOICES, *GENERATIVE])
+@pytest.mark.parametrize("name", SCORED)
 def test_a_cheat_is_always_right(name: str) -> None:
+    if name == "humaneval" and sandbox.problem() is not None:
+        pytest.skip("no sandbox here")
     task = make_task(name, "test", 3)
     marked = answered(Cheat(task), task, max_tokens=10_000)
     assert len(marked) == task.num_examples and all(m.correct for m in marked)
