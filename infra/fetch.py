@@ -76,10 +76,14 @@ class Result:
     text: str | None = None
     """Folder of the shards that were made or found, for sources that need no network."""
     problems: list[str] = field(default_factory=list)
+    unanswered: str | None = None
+    """Why nothing could be asked for; the files are then not looked at one by one."""
     exit_code: int = EXIT_DONE
 
     def render(self) -> str:
         """For people."""
+        if self.unanswered:
+            return self.unanswered
         lines = [f"not there: {problem}" for problem in self.problems]
         if self.text:
             lines.append(f"text: {self.text}")
@@ -128,7 +132,7 @@ def fetch(
         if missing:
             _forbid_offline(missing)
             _bring(missing, folder, lock or package_lock(), progress, result, first_wait_s)
-        if spec.data.source != "fineweb_edu":
+        if spec.data.source != "fineweb_edu" and not result.unanswered:
             made = corpus.ensure(spec.data, roots)
             result.text = str(made.train[0].path.parent)
     result.seconds = time.monotonic() - started
@@ -203,7 +207,11 @@ def _bring(
     """Fetch all that is missing; what fails is noted in the result."""
     with httpx.Client(timeout=TIMEOUT, follow_redirects=True, headers=hub.headers()) as client:
         downloader = Downloader(client, progress.on_bytes, first_wait_s=first_wait_s)
-        remotes = _remotes(missing, folder, sources, downloader)
+        try:
+            remotes = _remotes(missing, folder, sources, downloader)
+        except DownloadError as e:
+            result.unanswered, result.exit_code = str(e), EXIT_STOPPED
+            return
         _check_room(remotes, folder)
         progress.begin(len(missing), sum(r.size or 0 for r in remotes.values()))
         for path, remote in remotes.items():

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import get_session
 
-from infra.download import TRY_AGAIN, Remote
+from infra.download import TRY_AGAIN, DownloadError, Remote
 from nanochat.spec import SpecError
 
 PATHS_PER_QUESTION = 100
@@ -44,7 +44,8 @@ def describe(
 
     revision: a commit, or None for the newest. files: name -> what is known already (`size`,
     `sha256`, None where it is not known); for files of which all is known nothing is asked. Raises
-    SpecError where the repository has no such file, or another one than is known.
+    SpecError where the repository has no such file, or another one than is known, DownloadError
+    where no answer comes.
     """
     api = HfApi(endpoint=endpoint(), token=os.environ.get("HF_TOKEN") or False)
     if revision is None:
@@ -91,7 +92,8 @@ def _merged(path: str, known: dict[str, Any], info: RepoFile | None) -> dict[str
 
 
 def _asked(ask: Callable[[], T], repository: str) -> T:
-    """The answer of the hub; passing faults are waited out. Raises SpecError for others."""
+    """The answer of the hub; passing faults are waited out. Raises DownloadError where they do not
+    pass, SpecError for others."""
     retry = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_passes),
         stop=tenacity.stop_after_attempt(NUM_ATTEMPTS),
@@ -105,10 +107,13 @@ def _asked(ask: Callable[[], T], repository: str) -> T:
             f"{endpoint()} has no dataset {repository}, or not to this user: {e}"
         ) from None
     except (HfHubHTTPError, NO_ANSWER) as e:
-        raise SpecError(
-            f"{endpoint()} does not say what {repository} has ({e}). Is there a network here? A "
-            "mirror is named by HF_ENDPOINT; run the same command again to continue"
-        ) from None
+        problem = f"{endpoint()} does not say what {repository} has ({e})"
+        if _passes(e):
+            raise DownloadError(
+                f"{problem}. Is there a network here? A mirror is named by HF_ENDPOINT; run the "
+                "same command again to continue"
+            ) from None
+        raise SpecError(f"{problem}; HF_TOKEN names who asks") from None
 
 
 def _passes(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ from nanochat.records import RunRecord
 from nanochat.spec import STAGES
 
 MAX_EVENTS = 200
+NO_LOCK = "no lock knows it"
 
 
 def money(record: RunRecord) -> list[Block]:
@@ -204,9 +205,11 @@ def _data_facts(data: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     hashes = data.get("sha256") or {}
     shown = list(hashes.items())[:4]
-    facts += [(f"sha256 of {name}", value or "no lock knows it") for name, value in shown]
+    facts += [(f"sha256 of {name}", value or NO_LOCK) for name, value in shown]
     if len(hashes) > len(shown):
         facts.append(("sha256 of the others", "in stages/data_fetch.json"))
+    published = data.get("published_sha256") or {}
+    facts += [(f"sha256 of {path}", value or NO_LOCK) for path, value in published.items()]
     return facts
 
 

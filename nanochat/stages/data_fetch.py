@@ -10,11 +10,14 @@ from typing import Any
 from nanochat.corpus import ensure
 from nanochat.rundir import RunDir
 from nanochat.stage import run_stage
+from nanochat.touches import FINEWEB, fetched_entry, published_paths
 
 
 def main(run: RunDir) -> dict[str, Any]:
-    """Facts for the report: place, bytes and sha256 of the data. Raises SpecError."""
-    data = run.spec().data
+    """Facts for the report: place, bytes and sha256 of the text, and by path the sha256 of what the
+    later stages read besides, None where no lock knows it. Raises SpecError."""
+    spec = run.spec()
+    data = spec.data
     started = time.monotonic()
     files = ensure(data)
     seconds = time.monotonic() - started
@@ -26,6 +29,11 @@ def main(run: RunDir) -> dict[str, Any]:
         "val_shards": len(files.val),
         "val_bytes": sum(file.size for file in files.val),
         "sha256": {file.path.name: file.sha256 for file in files.train + files.val},
+        "published_sha256": {
+            path: (fetched_entry(path) or {}).get("sha256")
+            for path in published_paths(spec)
+            if not path.startswith(f"{FINEWEB}/")
+        },
     }
     print(
         f"data: {facts['train_bytes']:,} bytes in {facts['train_shards']} training and "

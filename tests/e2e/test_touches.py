@@ -72,9 +72,11 @@ def run(home: Path, spec: RunSpec) -> RunDir:
 
 def declared(spec: RunSpec, stage: str) -> tuple[set[str], set[str]]:
     """(what a stage must open, what it may open), relative to the data folder."""
-    own = [t for t in touches.touched_files(spec) if t.stage == stage]
+    every = touches.touched_files(spec)
+    own = [t for t in every if t.stage == stage]
     must = {t.path for t in own if t.required}
-    locks = {f"{t.source}/{touches.LOCK_NAME}" for t in own}
+    # data_fetch notes for the report what the locks say of every source
+    locks = {f"{t.source}/{touches.LOCK_NAME}" for t in (every if stage == "data_fetch" else own)}
     return must, must | {t.path for t in own} | locks
 
 

@@ -257,6 +257,16 @@ def test_the_rate_limit_of_the_api_is_waited_out(
     assert bring(twin, ONLY_GSM8K, tmp_path).problems == []
 
 
+def test_a_hub_that_does_not_answer_is_asked_again_later(
+    twin: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "WAIT", hub.tenacity.wait_none())
+    twin.faults[f"/api/datasets/openai/gsm8k/paths-info/{COMMIT}"] += [Fault(status=503)] * 4
+    result = bring(twin, ONLY_GSM8K, tmp_path)
+    assert result.exit_code == 75 and "run the same command again" in result.render()
+    assert bring(twin, ONLY_GSM8K, tmp_path).exit_code == 0
+
+
 def test_the_token_goes_to_the_hub_and_not_to_the_store(
     twin: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,7 +124,10 @@ def fill(run: RunDir) -> None:
             "data_fetch",
             "done",
             seconds=1.0,
-            facts={"sha256": {"train.parquet": "ab" * 32, "val.parquet": None}},
+            facts={
+                "sha256": {"train.parquet": "ab" * 32, "val.parquet": None},
+                "published_sha256": {"gsm8k/test.parquet": "cd" * 32},
+            },
         )
     )
     train(run, "base_train", 60, bigram_bpb=2.75)
@@ -195,6 +198,7 @@ def test_events_provenance_and_source_size(full: RunDir) -> None:
         assert len(table_row(text, name)[1]) > 0
     assert int(table_row(text, "Source files")[1].replace(",", "")) > 30
     assert table_row(text, "sha256 of val.parquet")[1] == "no lock knows it"
+    assert table_row(text, "sha256 of gsm8k/test.parquet")[1] == "cd" * 32
     assert "| numbers | 100 | 2.00 | 2.50 |" in text
 
 
