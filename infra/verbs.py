@@ -99,7 +99,11 @@ def plan(args: argparse.Namespace) -> int:
     document = made.to_json()
     if args.rehearse:
         document["rehearsal"] = _rehearse(spec, document)
-    _print(args.json, document, lambda _: made.render())
+    on_slurm = slurm.outlook(spec, document) if "slurm" in spec.model_fields_set else None
+    if on_slurm:
+        document["slurm"] = vars(on_slurm)
+    slurm_line = f"\nSLURM: {on_slurm.render()}" if on_slurm else ""
+    _print(args.json, document, lambda _: made.render() + slurm_line)
     if args.rehearse and not args.json:
         print(json.dumps(document["rehearsal"], indent=2))
     return EXIT_SPEC if made.verdict == "refused" else EXIT_DONE
@@ -212,22 +216,13 @@ def stop(args: argparse.Namespace) -> int:
         return docker.stop(args.run_dir)
     if not _is_here(args.run_dir) and cloud.remote_status(args.run_dir):
         return cloud.remote_stop(args.run_dir)
-    run_dir = find_run(args.run_dir)
-    before = _status_of(run_dir)
-    if before["state"] != "RUNNING":
-        _say(f"{run_dir.path} does not run (state {before['state']})")
-        return EXIT_DONE
-    grace_s = _stop_grace_s(run_dir, before.get("stage"))
-    run_dir.request_stop(StopReason.USER, time.time() + grace_s)
-    deadline = time.monotonic() + grace_s + 10.0
-    while time.monotonic() < deadline:
-        if run_dir.lease_file.exists():
-            time.sleep(0.2)
-            continue
-        _say(f"{run_dir.path} has stopped; run the same command again to resume")
-        return EXIT_DONE
-    _say(f"{run_dir.path} has not stopped within {grace_s + 10.0:.0f} s; it may be on a dead node")
-    return 1
+    exit_code, name = EXIT_DONE, args.run_dir
+    if _is_here(args.run_dir) or not slurm.queue(args.run_dir):
+        run_dir = find_run(args.run_dir)
+        exit_code, name = _stop_here(run_dir), run_dir.path.name
+    for job_id in slurm.end_jobs(name) if exit_code == EXIT_DONE else ():
+        _say(f"cancelled job {job_id} of the queue")
+    return exit_code
 
 
 def reap(args: argparse.Namespace) -> int:
@@ -369,6 +364,24 @@ def _rehearse(spec: RunSpec, document: dict[str, Any]) -> Any:
     if result.returncode:
         raise SpecError("the rehearsal failed; the messages above say where")
     return json.loads(result.stdout)
+
+
+def _stop_here(run_dir: RunDir) -> int:
+    before = _status_of(run_dir)
+    if before["state"] != "RUNNING":
+        _say(f"{run_dir.path} does not run (state {before['state']})")
+        return EXIT_DONE
+    grace_s = _stop_grace_s(run_dir, before.get("stage"))
+    run_dir.request_stop(StopReason.USER, time.time() + grace_s)
+    deadline = time.monotonic() + grace_s + 10.0
+    while time.monotonic() < deadline:
+        if run_dir.lease_file.exists():
+            time.sleep(0.2)
+            continue
+        _say(f"{run_dir.path} has stopped; run the same command again to resume")
+        return EXIT_DONE
+    _say(f"{run_dir.path} has not stopped within {grace_s + 10.0:.0f} s; it may be on a dead node")
+    return 1
 
 
 def _stop_grace_s(run_dir: RunDir, stage: str | None) -> float:

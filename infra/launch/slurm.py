@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ KILL_WAIT_S = 30
 """SLURM's default from the end of the wall time to SIGKILL."""
 MODULES = ("apptainer", "singularity")
 COMMAND_TIMEOUT_S = 60.0
+END_OF_JOB_S = 30.0
+"""From the end of a run to that of its job."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,48 @@ class QueueEntry:
         ahead = "" if self.num_ahead is None else f", {self.num_ahead} jobs ahead"
         start = f", expected to start {self.start}" if self.start else ", no start estimate yet"
         return f"job {self.job_id} PENDING ({self.reason}){ahead}{start}"
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a chain of jobs takes of an allocation, by the plan and at most."""
+
+    jobs: int
+    gpu_hours: float
+    """By the plan; 0 on a CPU, as is the next one."""
+    max_jobs: int
+    time: str
+    max_hours: float
+    """That jobs run at most: all of them to their end, or the budget."""
+    max_gpu_hours: float
+
+    def render(self) -> str:
+        """For people, on one line."""
+        jobs = "1 job" if self.jobs == 1 else f"{self.jobs} jobs"
+        expected = f", {self.gpu_hours:.0f} GPU-hours" if self.max_gpu_hours else ""
+        most = f", {self.max_gpu_hours:.0f} GPU-hours" if self.max_gpu_hours else ""
+        return (
+            f"{jobs}{expected}; at most {self.max_jobs} of {self.time} each, "
+            f"{self.max_hours:.3g} h in all{most}"
+        )
+
+
+def outlook(spec: RunSpec, plan: Mapping[str, Any]) -> Outlook:
+    """Jobs and GPU-hours of a run, by its document of `plan --json`."""
+    is_cpu = plan["offer"] == "cpu" or spec.runtime.device == "cpu"
+    gpus = 0 if is_cpu else int(plan["world_size"])
+    max_hours = spec.slurm.max_jobs * seconds(spec.slurm.time) / 3600
+    if spec.budget.max_hours is not None:
+        max_hours = min(max_hours, spec.budget.max_hours)
+    hours = float(plan["hours"])
+    return Outlook(
+        jobs=num_jobs(hours, spec.slurm),
+        gpu_hours=gpus * hours,
+        max_jobs=spec.slurm.max_jobs,
+        time=spec.slurm.time,
+        max_hours=max_hours,
+        max_gpu_hours=gpus * max_hours,
+    )
 
 
 def with_fields(spec: RunSpec, fields: Mapping[str, Any]) -> RunSpec:
@@ -100,6 +145,7 @@ def render(job: Job, user: str = "") -> Rendered:
         name=job.name,
         version=importlib.metadata.version("nanochat-kit"),
         config=f"@{job.config}".replace("\n", " "),
+        outlook=outlook(job.spec, job.plan).render(),
         job_name=job_name(job.name),
         options=_options(job, log),
         scratch=scratch,
@@ -143,6 +189,7 @@ def submit(job: Job, out: TextIO = sys.stderr) -> int:
     _check_places(job, user, host)
     job_id = _command(host, ["sbatch", "--parsable"], rendered.text).strip().partition(";")[0]
     log = f"{_scratch(job.spec.slurm, user)}/nanochat-{job.name}-{job_id}.out"
+    out.write(f"{outlook(job.spec, job.plan).render()}\n")
     out.write(f"job {job_id} is queued; nanochat status {job.name}, tail -F {log}\n")
     return EXIT_DONE
 
@@ -170,6 +217,21 @@ def chain(run_dir: RunDir) -> dict[str, Any] | None:
         return None
     last = events[-1]
     return {"jobs": last["jobs"], "job": last["job"], "host": last["host"], "last": last["event"]}
+
+
+def end_jobs(run_name: str, wait_s: float = END_OF_JOB_S) -> list[str]:
+    """Cancel the jobs that a stopped run has left, after `wait_s` in which they may end; their ids.
+
+    One that waits in the queue would go on with the run, and so would one that has just begun.
+    """
+    deadline = time.monotonic() + wait_s
+    while left := queue(run_name):
+        is_ending = any(e.state in ("RUNNING", "COMPLETING") for e in left)
+        if not is_ending or time.monotonic() > deadline:
+            _command(None, ["scancel", *(e.job_id for e in left)])
+            break
+        time.sleep(1.0)
+    return [e.job_id for e in left]
 
 
 def describe(run_name: str, run_dir: RunDir | None) -> dict[str, Any] | None:

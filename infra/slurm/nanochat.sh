@@ -35,7 +35,26 @@ nanochat() {
   "$apptainer" --quiet exec "${options[@]}" --pwd "$PWD" "$sif" nanochat "$@"
 }
 
+in_queue() {  # a run's name, or nothing for all: one line per job, with its place in the queue
+  local id job state why start left partition nodes ahead
+  command -v squeue > /dev/null || return 0
+  squeue --noheader --user="$USER" --sort=i ${1:+"--name=nanochat-$1"} \
+    --format='%i|%j|%T|%r|%S|%L|%P|%N' |
+    while IFS='|' read -r id job state why start left partition nodes; do
+      [[ $job == nanochat-* ]] || continue
+      if [ "$state" = PENDING ]; then
+        ahead=$(squeue --noheader --states=PENDING --partition="$partition" --sort=-p,i --format=%i |
+          sed "/^$id\$/q" | grep -cvx "$id" || true)
+        echo "${job#nanochat-}: job $id PENDING ($why), $ahead jobs ahead, start $start"
+      else
+        echo "${job#nanochat-}: job $id $state on $nodes, $left of it left"
+      fi
+    done
+}
+
 words=" $* "
+name=                                   # of a run, where the verb is about one
+[[ "${2:--}" == -* ]] || name=$(basename "$2")
 if [ "${1:-}" = launch ] && [[ $words == *" --to slurm "* || $words == *" --to=slurm "* ]]; then
   [[ $words == *" --scratch"* ]] || set -- "$@" --scratch "$scratch"
   [[ $words == *" --sif"* ]] || set -- "$@" --sif "$sif"
@@ -44,15 +63,31 @@ if [ "${1:-}" = launch ] && [[ $words == *" --to slurm "* || $words == *" --to=s
     exit
   fi
   script=$(nanochat "$@" --dry-run)
-  name=$(sed -n 's/^#SBATCH --job-name=//p' <<< "$script")
-  queued=$(squeue --noheader --user="$USER" --name="$name" --format='job %i is %T')
-  [ -z "$queued" ] || fail 78 "${name#nanochat-} is queued already: $queued. scancel ends it; for a second run give another name in the spec"
+  job_name=$(sed -n 's/^#SBATCH --job-name=//p' <<< "$script")
+  queued=$(squeue --noheader --user="$USER" --name="$job_name" --format='job %i is %T')
+  [ -z "$queued" ] || fail 78 "${job_name#nanochat-} is queued already: $queued. scancel ends it; for a second run give another name in the spec"
   job=$(sbatch --parsable <<< "$script")
-  echo "job ${job%%;*} is queued; $0 status ${name#nanochat-}, tail -F $scratch/$name-${job%%;*}.out"
-elif [ "${1:-}" = status ]; then
-  jobs=$(squeue --noheader --user="$USER" --sort=i --format='%j job %i %T, %R, start %S, left %L' | sed -n 's/^nanochat-//p')
-  [[ $words == *" --json "* ]] || [ -z "$jobs" ] || printf 'queue:\n%s\n\n' "$jobs"
-  nanochat "$@"
+  sed -n 's/^# Plan: //p' <<< "$script"
+  echo "job ${job%%;*} is queued; $0 status ${job_name#nanochat-}, tail -F $scratch/$job_name-${job%%;*}.out"
+elif [ "${1:-}" = status ] && [[ $words != *" --json "* ]]; then
+  lines=$(in_queue "$name")
+  [ -z "$lines" ] || printf 'queue:\n%s\n\n' "$lines"
+  # A run that has not begun has nothing else to tell.
+  if [ -z "$lines" ] || [ -z "$name" ] || [ -d "$home/runs/$name" ]; then nanochat "$@"; fi
+elif [ "${1:-}" = stop ] && [ -n "$name" ]; then
+  if [ -d "$home/runs/$name" ]; then nanochat "$@"; fi
+  # Its job ends by itself then; one that waits in the queue, or has not got as far, does not.
+  for _ in {1..30}; do
+    jobs=$(in_queue "$name")
+    [[ "$jobs" == *" RUNNING "* || "$jobs" == *" COMPLETING "* ]] || break
+    sleep 1
+  done
+  if [ -n "$jobs" ]; then
+    scancel --user="$USER" --name="nanochat-$name"
+    echo "cancelled $jobs"
+  elif [ ! -d "$home/runs/$name" ]; then
+    nanochat "$@"
+  fi
 else
   nanochat "$@"
 fi

@@ -41,8 +41,8 @@ num_ranks = 2
 num_steps = 5
 total_batch_size = 4096
 """
-GPU_PLAN = {"usd_per_hour": 0.0, "world_size": 8, "offer": "8xA100-40GB"}
-CPU_PLAN = {"usd_per_hour": 0.0, "world_size": 1, "offer": "cpu"}
+GPU_PLAN = {"usd_per_hour": 0.0, "hours": 8.0, "world_size": 8, "offer": "8xA100-40GB"}
+CPU_PLAN = {"usd_per_hour": 0.0, "hours": 0.1, "world_size": 1, "offer": "cpu"}
 
 
 def job(
@@ -151,6 +151,19 @@ def test_jobs_that_a_run_takes() -> None:
     ]  # fmt: skip
 
 
+def test_the_outlook_bounds_the_gpu_hours(capsys: pytest.CaptureFixture[str]) -> None:
+    config = ROOT / "configs" / "ptolemy_d20.toml"
+    assert entrypoint.main(["plan", f"@{config}", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    told = document["slurm"]
+    assert told["jobs"] == slurm.num_jobs(document["hours"], load_spec(config, []).slurm) == 1
+    assert told["gpu_hours"] == pytest.approx(8 * document["hours"])
+    assert told["max_gpu_hours"] == 8 * 24.0  # budget.max_hours, below 6 jobs of 12 h
+    jobs_only = slurm.with_fields(load_spec(config, []), {"time": "2:00:00", "max_jobs": 5})
+    assert slurm.outlook(jobs_only, document).max_gpu_hours == 8 * 5 * 2.0
+    assert slurm.outlook(jobs_only, document).jobs == 5
+
+
 def test_the_dry_run_of_the_verb_is_a_script(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["launch", "@configs/e2e.toml", "--to", "slurm", "--scratch", "/scratch", "--dry-run"]
     assert entrypoint.main(words) == 0
@@ -211,7 +224,7 @@ def shell(tmp_path: Path) -> Shell:
     note = f'#!/bin/bash\necho "$(basename "$0") $*" >> {tmp_path}/calls\n'
     stand_ins = {
         # what it is told to end with, perhaps only when it is told to stop
-        "apptainer": "[ -z \"${WAIT:-}\" ] || { trap 'exit 75' TERM; touch $READY; "
+        "apptainer": "[ -z \"${WAIT:-}\" ] || { trap 'exit ${STOPPED_BY:-75}' TERM; touch $READY; "
         'for i in $(seq 300); do sleep 0.1; done; }\nexit "${CODE:-0}"\n',
         # like SLURM, it ends the shell that asks, and whatever that has started
         "scontrol": 'case "$1" in '
@@ -293,12 +306,26 @@ def test_where_requeueing_is_refused_the_next_job_is_submitted(shell: Shell) -> 
     assert call == f"sbatch --parsable --exclude=c7 {shell.script} 2 c7"
 
 
-@pytest.mark.parametrize(("before", "restarts"), [("0", "3"), ("3", "0"), ("1", "2"), ("9", "9")])
+@pytest.mark.parametrize(("before", "restarts"), [("0", "3"), ("3", "0"), ("1", "2")])
 def test_a_chain_ends_at_its_bound(shell: Shell, before: str, restarts: str) -> None:
     code, _ = signalled(shell, signal.SIGUSR2, before, SLURM_RESTART_COUNT=restarts)
     assert code == 75
     assert "4 jobs were not enough" in shell.comment()
     assert not any(call.startswith(("sbatch", "scontrol requeue")) for call in shell.calls())
+
+
+def test_a_job_beyond_the_bound_does_not_begin(shell: Shell) -> None:
+    """SLURM requeues by itself, and without asking, where nodes die."""
+    assert shell.run("1", SLURM_RESTART_COUNT="3").returncode == 75
+    assert "4 jobs were not enough" in shell.comment()
+    assert not any(call.startswith("apptainer") for call in shell.calls())
+
+
+def test_a_signal_before_the_run_listens_loses_no_job(shell: Shell) -> None:
+    """Apptainer, or Python before its handlers, ends by a TERM: 143, and nothing was begun."""
+    code, output = signalled(shell, signal.SIGUSR2, STOPPED_BY="143")
+    assert code == 75, output
+    assert "scontrol requeue 1000" in shell.calls()
 
 
 def test_scancel_saves_and_ends_the_chain(shell: Shell) -> None:
@@ -347,6 +374,70 @@ def test_the_comment_has_the_reason_that_the_run_gave(shell: Shell) -> None:
     run = RunDir(shell.folder / "scratch/nanochat/runs/toy")
     chain = slurm.chain(run)
     assert chain is not None and (chain["jobs"], chain["last"]) == (1, "end")
+
+
+def test_stop_ends_what_waits_in_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A requeued job, or one that has not begun, would go on with a run that was stopped."""
+    queue, calls = tmp_path / "queue", tmp_path / "calls"
+    queue.write_text("1000|PENDING|(Dependency)|N/A|12:00:00|gpu\n")
+    for name, body in {
+        "squeue": f'[[ "$*" == *format=%i\\|* ]] && cat {queue} || echo 1000',
+        "scancel": f'echo "$*" >> {calls}; : > {queue}',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert entrypoint.main(["stop", "only-queued"]) == 0
+    assert calls.read_text() == "1000\n"
+    assert "cancelled job 1000" in capsys.readouterr().err
+    assert entrypoint.main(["stop", "only-queued"]) == 78  # there is none of that name any more
+
+
+@pytest.fixture
+def login_node(tmp_path: Path) -> dict[str, str]:
+    """Environment of a login node with stand-ins: two jobs of ours wait behind others or run."""
+    tools, scratch = tmp_path / "bin", tmp_path / "scratch"
+    for folder in (tools, scratch / "nanochat" / "runs" / "b"):
+        folder.mkdir(parents=True)
+    (scratch / "nanochat.sif").write_text("")
+    waiting = "7|nanochat-a|PENDING|Priority|N/A|1:00|gpu|"
+    running = "8|nanochat-b|RUNNING|None|x|1:00|gpu|c1"
+    for name, body in {
+        "apptainer": 'words="$*"; echo "nanochat ${words##* nanochat }"',
+        "scancel": f'echo "scancel $*"; touch {tmp_path}/cancelled',
+        "squeue": f'[ ! -e {tmp_path}/cancelled ] || exit 0\ncase "$*" in '
+        f'*name=nanochat-a*i\\|*) echo "{waiting}" ;; *name=nanochat-none*) ;; '
+        f'*i\\|*) printf "%s\\n" "{waiting}" "{running}" 9 ;; '
+        "*) printf '%s\\n' 3 5 7 ;; esac",
+    }.items():
+        (tools / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tools / name).chmod(0o755)
+    path = f"{tools}:{os.environ['PATH']}"
+    return {"PATH": path, "USER": "student", "NANOCHAT_HOME": str(scratch / "nanochat")}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("status", ["a: job 7 PENDING (Priority), 2 jobs ahead", "b: job 8 RUNNING", "nanochat"]),
+        ("status a", ["a: job 7 PENDING (Priority), 2 jobs ahead"]),
+        ("stop a", ["scancel --user=student --name=nanochat-a", "cancelled a: job 7"]),
+        ("stop none", ["nanochat stop none"]),
+        ("plan @configs/smoke.toml", ["nanochat plan @configs/smoke.toml"]),
+    ],
+)
+def test_the_login_nodes_script(login_node: dict[str, str], words: str, said: list[str]) -> None:
+    script = ROOT / "infra" / "slurm" / "nanochat.sh"
+    done = subprocess.run(
+        ["bash", script, *words.split()], env=login_node, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line and line != "queue:"]
+    assert len(lines) == len(said), done.stdout
+    for line, start in zip(lines, said, strict=True):
+        assert line.startswith(start)
 
 
 # -- sync
