@@ -25,24 +25,21 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 HOME = "/workspace/nanochat"
 COMMAND_S = 1500.0
 """Ceiling of one command on a machine that others use too; a launch takes about a minute."""
-SMALL = "mid_train.num_steps=4 chat_sft.num_steps=4 chat_rl.num_steps=2 evaluate.max_examples=4"
-TOY = (
-    f"base_train.num_steps=100 base_train.eval_tokens=4096 tok_train.max_chars=200000 {SMALL} "
-    "budget.checkpoint_every_s=1.0"
-)
-D20_TOY = (
-    'offer="cpu" runtime.device="cpu" runtime.compile=false runtime.num_threads=1 '
-    "model.depth=2 model.aspect_ratio=32 model.head_dim=32 model.seq_len=64 "
-    'model.vocab_size=512 data.source="embedded" tok_train.max_chars=200000 '
-    "base_train.tokens_per_param=1.0 base_train.total_batch_size=1024 "
-    "base_train.eval_tokens=4096 base_train.eval_every_steps=50 "
+SIZE = (
+    "runtime.num_threads=1 model.depth=2 model.aspect_ratio=32 model.head_dim=32 model.seq_len=64 "
+    "model.vocab_size=512 tok_train.max_chars=200000 budget.checkpoint_every_s=1.0 "
+    "base_train.total_batch_size=1024 base_train.eval_tokens=4096 base_train.eval_every_steps=50 "
     "mid_train.total_batch_size=1024 mid_train.eval_tokens=4096 "
-    "mid_train.mixture={spelling=30,identity=6} chat_sft.total_batch_size=1024 "
-    "chat_sft.eval_tokens=4096 chat_sft.mixture={spelling=30,identity=6} "
-    'chat_rl.task="spelling" chat_rl.num_steps=2 chat_rl.prompts_per_step=2 '
-    "chat_rl.samples_per_prompt=2 chat_rl.max_tokens=8 chat_rl.eval_examples=4 "
-    'evaluate.tasks=["spelling"] evaluate.max_examples=4 evaluate.max_tokens=8 '
-    "checkpoint.free_floor_gib=0.05 budget.checkpoint_every_s=1.0"
+    "chat_sft.total_batch_size=1024 chat_sft.eval_tokens=4096 "
+    "chat_rl.num_steps=2 chat_rl.prompts_per_step=2 chat_rl.samples_per_prompt=2 "
+    "chat_rl.max_tokens=8 chat_rl.eval_examples=4 evaluate.max_examples=4 evaluate.max_tokens=8"
+)
+TOY = f"{SIZE} base_train.num_steps=300 mid_train.num_steps=4 chat_sft.num_steps=4"
+D20_TOY = (
+    f'{SIZE} offer="cpu" runtime.device="cpu" runtime.compile=false data.source="embedded" '
+    "base_train.tokens_per_param=2.0 checkpoint.free_floor_gib=0.05 "
+    "mid_train.mixture={spelling=30,identity=6} chat_sft.mixture={spelling=30,identity=6} "
+    'chat_rl.task="spelling" evaluate.tasks=["spelling"]'
 )
 """d20 on the CPU that a pod here has, from the text and the tasks that are in the image."""
 BROKEN = "rm -rf /root/.local/bin/uv /root/skypilot-runtime; ln -sf /bin/false /usr/bin/curl"
