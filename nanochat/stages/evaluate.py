@@ -1,8 +1,9 @@
 """Score the weights of the training stages on held-out examples of the tasks.
 
-Batches are formed by example index, so that the numbers do not depend on how many ranks share the
-work; every example's result is on disk as soon as its batch is answered, so that a killed
-evaluation goes on where it was: RUN/evaluations/STAGE/TASK.jsonl, and core/TASK.jsonl for CORE's.
+Batches are formed by example index and answered with a fixed number of threads, so that the numbers
+do not depend on how many ranks share the work. Every result is on disk as soon as its batch is
+answered, so that a killed evaluation goes on where it was: RUN/evaluations/STAGE/TASK.jsonl, and
+core/TASK.jsonl for those of CORE.
 """
 
 import time
@@ -15,9 +16,18 @@ from nanochat.distributed import Dist
 from nanochat.engine import Engine
 from nanochat.evaluation import accuracy, evaluate
 from nanochat.gpt import GPT
+from nanochat.machine import num_cores
 from nanochat.metrics import Metrics
 from nanochat.prepare import compute_dtype, gpu_uuids, load_stage_weights
-from nanochat.rundir import Outcome, RunDir, append_jsonl, cut_torn_tail, read_jsonl
+from nanochat.rundir import (
+    Outcome,
+    RunDir,
+    append_jsonl,
+    atomic_write_json,
+    cut_torn_tail,
+    read_json,
+    read_jsonl,
+)
 from nanochat.scaling import gpt_config
 from nanochat.spec import CHATCORE_TASKS, WEIGHT_STAGES, Evaluate
 from nanochat.stage import run_stage
@@ -35,6 +45,7 @@ def main(run: RunDir) -> Outcome:
     settings = spec.evaluate
     assert settings is not None
     dist = distributed.init(distributed.pick_device(spec.runtime.device))
+    num_threads = _fix_threads(run, spec.runtime.num_threads, dist)
     dtype = compute_dtype(spec.runtime.dtype, dist.device)
     tokenizer = load_tokenizer(run.tokenizer_dir)
     trained = [s for s in WEIGHT_STAGES if run.is_done(s)]
@@ -65,7 +76,26 @@ def main(run: RunDir) -> Outcome:
             _log_chatcore(metrics, stage, found, parts)
     metrics.close()
     distributed.shutdown()
-    return Outcome(stage=STAGE, outcome="done", facts={"seconds_by_task": seconds})
+    facts = {"num_threads": num_threads, "seconds_by_task": seconds}
+    return Outcome(stage=STAGE, outcome="done", facts=facts)
+
+
+def _fix_threads(run: RunDir, wanted: int | None, dist: Dist) -> int:
+    """Set torch's threads of this rank: as an unfinished evaluation had them, else as wanted, else
+    all cores for a CPU and one beside a GPU.
+
+    The number of threads decides the order of a CPU's sums, so it must not follow from the number
+    of ranks, as it does in training; ranks that share a CPU then share its cores too.
+    """
+    file = run.path / "evaluations" / "threads.json"
+    if dist.is_main and not file.exists():
+        file.parent.mkdir(exist_ok=True)
+        own = num_cores() if dist.device.type == "cpu" else 1
+        atomic_write_json(file, {"num_threads": wanted or own})
+    dist.barrier()
+    num_threads = int((read_json(file) or {})["num_threads"])
+    torch.set_num_threads(num_threads)
+    return num_threads
 
 
 def _parts(name: str, seed: int) -> tuple[Part, ...]:
