@@ -5,6 +5,9 @@
 * A record may name an `instance`: something that a provider bills while it exists, busy or idle.
   Two records of one instance therefore bound a time that was paid for in full, whatever happened
   in between. Without an instance a silence counts for one heartbeat at most.
+* An instance that is gone was billed whole minutes, and one more where its end was not seen.
+* What the launcher has seen of earlier instances (`before_usd`) counts where it is more than the
+  ledger knows: one that was gone before its supervisor had started has left no line.
 * Where the provider has said what it billed (`billed_usd` of an instance), the larger sum counts.
 * docs/decisions.md states the bound on overspending and argues it.
 """
@@ -20,6 +23,9 @@ from nanochat.spec import Budget
 HEARTBEAT_S = 30.0
 """Seconds between two heartbeats of a living supervisor."""
 
+TICK_S = 60.0
+"""Providers bill every minute that has begun."""
+
 Record = Mapping[str, Any]
 
 
@@ -34,6 +40,8 @@ def spent(records: Iterable[Record], until: float) -> tuple[float, float]:
     lines.sort(key=lambda r: float(r["time"]))
     derived: dict[str, float] = {}
     billed: dict[str, float] = {}
+    lived_s: dict[str, float] = {}
+    before_usd: dict[str, float] = {}
     used_s = 0.0
     before: Record | None = None
     for record, following in itertools.zip_longest(lines, lines[1:]):
@@ -43,11 +51,22 @@ def spent(records: Iterable[Record], until: float) -> tuple[float, float]:
         price = _price(record, following)
         usd = (boot_s * _usd_per_s(record)) + paid_s * price
         derived[instance] = derived.get(instance, 0.0) + usd
+        lived_s[instance] = lived_s.get(instance, 0.0) + boot_s + paid_s
         used_s += new_s + run_s
-        if isinstance(record.get("billed_usd"), int | float):
-            billed[instance] = max(billed.get(instance, 0.0), float(record["billed_usd"]))
+        for told, known in (("billed_usd", billed), ("before_usd", before_usd)):
+            if isinstance(record.get(told), int | float):
+                known[instance] = max(known.get(instance, 0.0), float(record[told]))
         before = record
-    return sum(max(usd, billed.get(name, 0.0)) for name, usd in derived.items()), used_s
+    last = {str(r.get("instance") or ""): r for r in lines}
+    for instance, record in last.items():
+        if instance and record is not lines[-1]:
+            rest_s = -lived_s[instance] % TICK_S + (0.0 if record["event"] == "stop" else TICK_S)
+            derived[instance] += rest_s * _usd_per_s(record)
+    usd = since_usd = 0.0
+    for name in reversed(derived):  # from the newest instance to the oldest
+        since_usd += max(derived[name], billed.get(name, 0.0))
+        usd = max(usd, since_usd + before_usd.get(name, 0.0))
+    return usd, used_s
 
 
 def _boot(record: Record, before: Record | None) -> tuple[float, float]:

@@ -12,17 +12,16 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from infra import budget
-from infra.launch.base import POD_PREFIX
 from infra.privileges import image_home
-from infra.runpod_api import Pod, ProviderError, RunPodApi, connect, this_pod
-from nanochat.rundir import RunDir, RunDirError, read_json, read_jsonl
+from infra.runpod_api import Pod, ProviderError, RunPodApi, connect, label, this_pod
+from nanochat.rundir import RunDir, RunDirError, append_jsonl, read_json, read_jsonl
 
 LOOK_EVERY_S = 5.0
 ASK_EVERY_S = 60.0
@@ -65,7 +64,7 @@ class Switch:
         """Why the pod has to go now; None while all is well."""
         now = time.monotonic()
         self._ask_price(now)
-        run = self._run()
+        run = current_run(self.home)
         life = self._signs_of(run)
         if life != self._life:
             self._life, self._life_seen = life, now
@@ -90,10 +89,6 @@ class Switch:
             # another stop may have been first
             return "not found" in str(e).lower()
         return True
-
-    def _run(self) -> RunDir | None:
-        pointer = read_json(self.home / "current-run.json")
-        return RunDir(pointer) if isinstance(pointer, str) else None
 
     def _signs_of(self, run: RunDir | None) -> tuple[Any, ...]:
         """Changes with every sign of life; times are only compared for equality, since the clock
@@ -144,24 +139,36 @@ class Switch:
                 self._highest_usd_per_hour = max(self._highest_usd_per_hour, pod.usd_per_hour)
 
 
+def current_run(home: Path) -> RunDir | None:
+    """The run that was last started on this machine."""
+    pointer = read_json(home / "current-run.json")
+    return RunDir(pointer) if isinstance(pointer, str) else None
+
+
+def note_life(home: Path, pod_id: str) -> None:
+    """Count the pod in the ledger of its run up to now: a supervisor that hung, or was killed, has
+    left off before, and the pod that goes on with the run must know."""
+    run = current_run(home)
+    with contextlib.suppress(OSError):
+        mine = (
+            [r for r in read_jsonl(run.ledger_file) if r.get("instance") == pod_id] if run else []
+        )
+        if run and mine:
+            now = max(time.time(), float(mine[-1]["time"]))
+            append_jsonl(run.ledger_file, {**mine[-1], "event": "stop", "time": now}, durable=True)
+
+
 def watch(switch: Switch, say: Callable[[str], None]) -> None:
     """Look until there is a reason, then ask for the end until the pod is gone."""
     while (reason := switch.reason_to_end()) is None:
         time.sleep(LOOK_EVERY_S)
     say(f"dead man's switch: {reason}; this pod ends itself")
     for attempt in range(sys.maxsize):
+        note_life(switch.home, switch.pod_id)
         switch.api = switch.api or connect()
         if not switch.end():
             say("dead man's switch: the provider did not end the pod; asking again")
         time.sleep(RETRY_S[min(attempt, len(RETRY_S) - 1)])
-
-
-def label(environ: Mapping[str, str], name: str) -> float | None:
-    """A number among the launcher's labels of this pod; None without it."""
-    try:
-        return float(environ[POD_PREFIX + name])
-    except (KeyError, ValueError):
-        return None
 
 
 def is_serving() -> bool:

@@ -1,11 +1,12 @@
 """The price that counts: the higher of the quoted one and the one the provider bills now."""
 
+import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from infra.runpod_api import Pod, ProviderError, connect, this_pod
+from infra.runpod_api import Pod, ProviderError, connect, label, this_pod
 
 ASK_EVERY_S = 60.0
 
@@ -20,6 +21,8 @@ class Price:
     """What a provider bills while it exists, busy or idle."""
     billed_from: float | None = None
     """Unix time since when the instance is billed; None where the provider has not said."""
+    before_usd: float = 0.0
+    """What earlier instances of the run have cost, as far as its launcher has seen."""
 
 
 class Meter:
@@ -72,8 +75,9 @@ class Meter:
 def meter_of_this_pod(quoted: Price) -> Meter:
     """A meter that asks about the pod this process runs in; elsewhere the quoted price holds."""
     pod_id, api = this_pod(), connect()
+    quoted = replace(quoted, instance=pod_id, before_usd=label(os.environ, "BEFORE_USD") or 0.0)
     if pod_id is None or api is None:
-        return Meter(replace(quoted, instance=pod_id), lambda: None)
-    meter = Meter(replace(quoted, instance=pod_id), lambda: api.pod(pod_id))
+        return Meter(quoted, lambda: None)
+    meter = Meter(quoted, lambda: api.pod(pod_id))
     meter.start()
     return meter

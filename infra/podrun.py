@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from infra.deadman import RETRY_S
+from infra.deadman import RETRY_S, note_life
 from infra.privileges import image_home
 from infra.processes import python_path
 from infra.runpod_api import ProviderError, RunPodApi, connect, this_pod
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     deadline = time.monotonic() + LINGER_S
     while time.monotonic() < deadline and not SEEN_FILE.exists():
         time.sleep(0.2)
-    end_pod(this_pod(), connect())
+    end_pod(this_pod(), connect(), image_home())
     return exit_code
 
 
@@ -91,12 +91,13 @@ def run(argv: list[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def end_pod(pod_id: str | None, api: RunPodApi | None) -> None:
+def end_pod(pod_id: str | None, api: RunPodApi | None, home: Path) -> None:
     """Ask for the end of this pod until there is none; returns only where there is no key."""
     if pod_id is None or api is None:
         sys.stderr.write("no RUNPOD_API_KEY: this pod cannot end itself; end it in the console\n")
         return
     for attempt in range(sys.maxsize):
+        note_life(home, pod_id)
         try:
             api.terminate(pod_id)
         except ProviderError as e:

@@ -7,6 +7,7 @@
 * A refused end is asked for again; what still stands afterwards is said, with exit code 1.
 """
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from infra.budget import TICK_S
 from infra.runpod_api import Pod, ProviderError
 from nanochat.rundir import append_jsonl, nanochat_home, read_jsonl
 
@@ -21,8 +23,9 @@ NAME_PREFIX = "nanochat-"
 SKYPILOT_NAME = re.compile(r"-[0-9a-f]{8,}-head$")
 """CLUSTER-USERHASH-head; SkyPilot gives its pods no labels."""
 OUR_IMAGE = re.compile(r"(^|/)nanochat(:|@|$)")
-GONE_S = 3600.0
-"""A pod that vanished unseen counts as alive until that was noticed, or for this time at most."""
+GONE_S = 900.0
+"""A pod that vanished unseen counts as alive until that was noticed, or for this time at most: more
+than the ten minutes between two looks of a cron line."""
 BOOT_S = 1200.0
 """A pod that after this time has no address will not come up: image pulls take minutes."""
 ATTEMPTS = 4
@@ -65,13 +68,14 @@ def note_launch(event: str, run: str, pod: str, file: Path | None = None, **fact
 
 
 def spent_before(run: str, file: Path | None = None) -> float:
-    """Dollars that earlier pods of a run have cost as far as this machine has seen."""
+    """Dollars that earlier pods of a run have cost as far as this machine has seen: whole minutes
+    are billed."""
     now = time.time()
     usd = 0.0
     for life in _lives(read_jsonl(file or launches_file())).values():
         if life.run == run:
             last = life.last if life.is_over else min(now, life.last + GONE_S)
-            usd += (last - life.born) / 3600.0 * life.usd_per_hour
+            usd += math.ceil((last - life.born) / TICK_S) * TICK_S / 3600.0 * life.usd_per_hour
     return usd
 
 
@@ -96,7 +100,8 @@ def _lives(records: Iterable[dict[str, Any]]) -> dict[str, Life]:
             Life(str(r.get("run")), r.get("born") or r["time"], r["time"], price, r.get("max_usd")),
         )
         if not life.is_over:
-            life.last = max(life.last, r["time"])
+            longest = life.last + GONE_S if r.get("event") == "gone" else r["time"]
+            life.last = max(life.last, min(r["time"], longest))
         life.usd_per_hour = max(life.usd_per_hour, price)
         life.is_over = life.is_over or r.get("event") in ("ended", "gone")
     return lives

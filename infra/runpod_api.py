@@ -119,6 +119,14 @@ def this_pod(environ: Mapping[str, str] | None = None) -> str | None:
     return environ.get("RUNPOD_POD_ID") or None
 
 
+def label(environ: Mapping[str, str], name: str) -> float | None:
+    """A number among the launcher's labels of this pod; None without it."""
+    try:
+        return float(environ[POD_PREFIX + name])
+    except (KeyError, ValueError):
+        return None
+
+
 def _pod(raw: dict[str, Any]) -> Pod:
     return Pod(
         id=str(raw["id"]),

@@ -374,6 +374,7 @@ class Supervisor:
             "host": socket.gethostname(),
             "instance": self.price.instance,
             "billed_from": self.price.billed_from,
+            "before_usd": self.price.before_usd,
         }
 
     def _if_there_is_space(self, write: Callable[[], None]) -> None:

@@ -18,7 +18,9 @@ SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
 IMAGE_NAME = "NANOCHAT_IMAGE"
 """The variable that tells a run which image it is in; nanochat/machine.py reads it."""
 POD_PREFIX = "NANOCHAT_LABEL_"
-"""Variables of a pod that are labels for `reap`; the run does not read them."""
+"""Variables of a pod that are labels: for `reap`, the dead man's switch and the ledger."""
+LEAST_LEFT_S = 180.0
+"""A machine that could only live for this time is not asked for."""
 
 
 class LaunchError(RuntimeError):
@@ -88,6 +90,22 @@ def worst_case_usd(job: Job) -> float | None:
     if budget.max_hours is not None:
         bounds.append(budget.max_hours * usd_per_hour)
     return min(bounds) if bounds else None
+
+
+def refuse_spent(job: Job, before_usd: float, usd_per_hour: float) -> None:
+    """Raises LaunchError where what is left of the budget would be gone before a machine is up.
+
+    before_usd: what earlier machines of the run have cost.
+    """
+    most = job.spec.budget.max_usd
+    if most is None or before_usd == 0.0:
+        return
+    if (most - before_usd) * 3600.0 < LEAST_LEFT_S * usd_per_hour:
+        raise LaunchError(
+            f"{job.name} has cost ${before_usd:.2f} of its budget of ${most:.2f}, and what is left "
+            "would go into the start of a machine; raise budget.max_usd to go on. (Another run is "
+            'one of another name: name="...".)'
+        )
 
 
 def present_secrets(environ: Mapping[str, str]) -> tuple[str, ...]:

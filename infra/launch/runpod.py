@@ -27,6 +27,7 @@ from infra.launch.base import (
     LaunchError,
     Rendered,
     default_image,
+    refuse_spent,
 )
 from infra.processes import APP_DIR
 from infra.runpod_api import Pod, ProviderError, RunPodApi
@@ -150,6 +151,8 @@ def pod_arguments(
     image = options.image or default_image()
     env = {name: None for name in (*options.secrets, "PUBLIC_KEY")}
     labels = {"RUN": job.name, "BORN": None if born is None else f"{born:.0f}"}
+    if usd_before > 0.0:
+        labels["BEFORE_USD"] = f"{usd_before:.4f}"
     usd = pod_usd(job, usd_before, rung.ceiling_usd_per_hour)
     if usd is not None:
         labels["MAX_USD"] = f"{usd:.4f}"
@@ -229,10 +232,10 @@ class Launcher:
         name = jobs[0].name
         self.refuse_second(name)
         before = reap.spent_before(name)
-        self._refuse_spent(jobs[0], before)
         failed: list[str] = []
         pods = 0
         for job, rung in rungs(jobs, options, self.volumes):
+            refuse_spent(job, before, rung.usd_per_hour)
             where = f"{rung.offer} in {rung.data_center or 'any data centre'}"
             self._say(f"asking for {where}")
             try:
@@ -264,14 +267,6 @@ class Launcher:
             raise LaunchError(
                 f"{name} has pod {pod.id} already ({pod.status}); nanochat status {name} looks, "
                 f"nanochat stop {name} ends it"
-            )
-
-    def _refuse_spent(self, job: Job, before: float) -> None:
-        most = job.spec.budget.max_usd
-        if most is not None and before >= most:
-            raise LaunchError(
-                f"{job.name} has cost ${before:.2f}, which is all of its budget of ${most:.2f}; "
-                "raise budget.max_usd to go on"
             )
 
     def ask(self, job: Job, rung: Rung, options: RunPodOptions, usd_before: float) -> str:

@@ -20,13 +20,16 @@ from typing import Any, TextIO
 
 import yaml
 
+from infra import reap
 from infra.hardware import OFFERS
 from infra.launch.base import (
     IMAGE_NAME,
+    POD_PREFIX,
     Job,
     LaunchError,
     Rendered,
     present_secrets,
+    refuse_spent,
     worst_case_usd,
 )
 from infra.launch.sky_cluster import Sky, cluster_name, exit_code_on, note_pods, tear_down
@@ -179,6 +182,10 @@ def submit(job: Job, options: SkyOptions, sky: Sky, out: TextIO = sys.stderr) ->
     existed = sky.exists(cluster)
     if existed:
         out.write(f"{cluster} is up already: the run is given to it\n")
+    before = reap.spent_before(job.name)
+    refuse_spent(job, before, float(job.plan["usd_per_hour"]))
+    if before > 0.0:
+        task["envs"][f"{POD_PREFIX}BEFORE_USD"] = f"{before:.4f}"
     secrets = {name: os.environ[name] for name in present_secrets(os.environ)}
     try:
         number = _within(

@@ -12,7 +12,7 @@ from infra.console import Console
 from infra.launch.base import POD_PREFIX, Job, LaunchError
 from infra.launch.runpod import Launcher, RunPodOptions, Volume
 from infra.meter import ASK_EVERY_S, Meter, Price
-from infra.runpod_api import RunPodApi
+from infra.runpod_api import RunPodApi, label
 from infra.supervisor import END_OF_POD_S, Supervisor
 from nanochat.checkpoint_dir import CheckpointDir
 from nanochat.rundir import EXIT_BUDGET, EXIT_DONE, RunDir
@@ -67,6 +67,8 @@ class Schedule:
         self.switches: dict[str, Actor] = {}
         self.exit_codes: list[int | None] = []
         self.finished = False
+        self.unseen_s = 0.0
+        """What pods have lived on after their supervisor stood still, until they vanished."""
 
     # -- what lives where
 
@@ -90,7 +92,7 @@ class Schedule:
 
     def watch(self, pod: Pod) -> None:
         env = {k: v for k, v in pod.env.items() if k.startswith(POD_PREFIX)}
-        limit, born = deadman.label(env, "MAX_USD"), deadman.label(env, "BORN")
+        limit, born = label(env, "MAX_USD"), label(env, "BORN")
         switch = deadman.Switch(self.world.home, pod.id, self.api, limit, born)
         deadman.watch(switch, lambda _: None)
 
@@ -98,7 +100,8 @@ class Schedule:
         """As infra.podrun: the run, then the end of the pod."""
         pod.up = True
         pod.state = {"phase": "run"}
-        quoted = Price(QUOTED_USD_PER_HOUR, "plan", pod.id)
+        before_usd = label(pod.env, "BEFORE_USD") or 0.0
+        quoted = Price(QUOTED_USD_PER_HOUR, "plan", pod.id, before_usd=before_usd)
         meter = Meter(quoted, lambda: self.api.pod(pod.id))
         meter.refresh()
         self.world.spawn(lambda: self.keep_asking(meter), pod.id, ASK_EVERY_S)
@@ -111,7 +114,7 @@ class Schedule:
         pod.state = {"phase": "ended", "exit_code": exit_code}
         self.exit_codes.append(exit_code)
         self.finished = self.finished or exit_code in (EXIT_DONE, EXIT_BUDGET)
-        podrun.end_pod(pod.id, self.api)
+        podrun.end_pod(pod.id, self.api, self.world.home)
 
     def keep_asking(self, meter: Meter) -> None:
         while True:
@@ -209,6 +212,8 @@ class Schedule:
     def lose(self) -> None:
         """A spot host goes: the pod vanishes."""
         if pod := self._someone():
+            for begin, end in self.world.stalls:
+                self.unseen_s += max(0.0, min(end, self.world.now) - max(begin, pod.born))
             self.world.end_pod(pod.id)
 
     def hang(self) -> None:
@@ -267,6 +272,7 @@ class Schedule:
         absent_s = TICK_S + RESTART_S * max(outlook.kills > 0, late_deaths)
         if "switch" in outlook.dead:
             stalled_s = sum(max(0.0, min(b, world.now) - max(a, due)) for a, b in world.stalls)
+            stalled_s += self.unseen_s
             if "supervisor" in outlook.dead:
                 absent_s += REAP_PERIOD_S
             elif "reap" in outlook.dead:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra.budget import HEARTBEAT_S, Deadlines, fraction_used, spent, time_left_s
+from infra.budget import HEARTBEAT_S, TICK_S, Deadlines, fraction_used, spent, time_left_s
 from nanochat.spec import Budget
 
 
@@ -61,9 +61,30 @@ def test_a_billed_instance_costs_its_idle_time_between_two_runs() -> None:
     assert used_s == pytest.approx(110)
 
 
-def test_another_instance_does_not_pay_for_the_first_one() -> None:
+def test_an_instance_whose_end_was_not_seen_is_billed_to_its_next_heartbeat_and_a_tick() -> None:
     lines = [record("start", 0, instance="a"), record("start", 10_000, instance="b")]
-    assert spent(lines, 10_000)[0] == pytest.approx(HEARTBEAT_S / 100)
+    assert HEARTBEAT_S < TICK_S
+    assert spent(lines, 10_000)[0] == pytest.approx(2 * TICK_S / 100)
+
+
+def test_an_instance_that_ended_is_billed_whole_ticks() -> None:
+    lines = [
+        record("start", 0, instance="a"),
+        record("stop", 70, instance="a"),
+        record("start", 10_000, instance="b"),
+    ]
+    assert spent(lines, 10_010)[0] == pytest.approx((120 + 10) / 100)
+
+
+def test_what_the_launcher_has_seen_counts_where_it_is_more() -> None:
+    """A pod that was gone before its supervisor had started is in no ledger."""
+    lines = [record("start", 0, instance="b", before_usd=2.0), record("stop", 60, instance="b")]
+    assert spent(lines, 60)[0] == pytest.approx(2.6)
+    known = [record("start", 0, instance="a"), record("stop", 240, instance="a")]
+    later = [record("start", 900, instance="b", before_usd=2.0)]
+    assert spent(known + later, 960)[0] == pytest.approx(2.4 + 0.6), "the ledger knew more"
+    later[0]["before_usd"] = 3.0
+    assert spent(known + later, 960)[0] == pytest.approx(3.0 + 0.6)
 
 
 def test_boot_time_is_paid() -> None:
@@ -78,7 +99,7 @@ def test_two_instances_at_a_time_are_both_paid_but_the_time_passes_once() -> Non
         record("start", 100, instance="b", billed_from=40),
     ]
     usd, used_s = spent(lines, 100)
-    assert usd == pytest.approx(1.6)
+    assert usd == pytest.approx(1.6 + 0.8), "two minutes and one are billed of the first"
     assert used_s == pytest.approx(100)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from infra import deadman
+from infra.budget import spent
 from infra.deadman import Switch
 from infra.runpod_api import RunPodApi, api_key, labels_of
-from nanochat.rundir import RunDir, append_jsonl, atomic_write_json
+from nanochat.rundir import RunDir, append_jsonl, atomic_write_json, read_jsonl
 from tests.unit.test_supervisor import make_spec
 
 
@@ -101,6 +102,18 @@ def test_the_label_holds_without_a_run(tmp_path: Path, now: list[float]) -> None
     assert not switch.end()
     provider.lost = False
     assert switch.end() and provider.ended
+
+
+def test_the_ledger_learns_how_long_a_pod_lived_on(tmp_path: Path, now: list[float]) -> None:
+    """The supervisor hung or was killed: whoever ends the pod writes the last line."""
+    run = a_run(tmp_path, 1e6, now[0])
+    now[0] += 500.0
+    deadman.note_life(tmp_path, "another pod")
+    deadman.note_life(tmp_path, "p")
+    lines = list(read_jsonl(run.ledger_file))
+    assert [(r["event"], r["time"] - 1e9) for r in lines] == [("start", 0.0), ("stop", 500.0)]
+    assert spent(lines, now[0])[0] == pytest.approx(5.0)
+    deadman.note_life(tmp_path / "nowhere", "p")
 
 
 def test_keys_and_labels(tmp_path: Path) -> None:

@@ -190,14 +190,27 @@ def test_a_run_whose_pods_have_cost_its_budget_is_refused() -> None:
     reap.note_launch("made", "d20", "old", usd_per_hour=50.0, born=1.0)
     account = Account()
     code, said = submit(account)
-    assert code is None and "all of its budget of $100.00" in said and not account.asked
+    assert code is None and "of its budget of $100.00" in said and not account.asked
+
+
+@pytest.mark.parametrize(("before", "asked"), [(98.0, 1), (99.0, 0)])
+def test_a_pod_that_could_only_boot_is_not_asked_for(
+    before: float, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three minutes of it cost $1.08."""
+    monkeypatch.setattr(reap, "spent_before", lambda run: before)
+    account = Account()
+    submit(account)
+    assert len(account.asked) == asked
 
 
 def test_what_earlier_pods_have_cost_is_off_the_next_label(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reap, "spent_before", lambda run: 40.0)
     account = Account()
     submit(account)
-    assert account.asked[0]["env"]["NANOCHAT_LABEL_MAX_USD"] == "60.0000"
+    env = account.asked[0]["env"]
+    assert env["NANOCHAT_LABEL_MAX_USD"] == "60.0000"
+    assert env["NANOCHAT_LABEL_BEFORE_USD"] == "40.0000", "for the ledger"
 
 
 def test_following_copies_the_log_and_ends_with_the_exit_code_of_the_run() -> None:

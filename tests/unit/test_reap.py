@@ -86,10 +86,21 @@ def test_a_refusal_is_asked_again_and_then_said(file: Path) -> None:
 
 def test_earlier_pods_count_against_the_next_one(file: Path) -> None:
     now = time.time()
-    reap.note_launch("made", "a", "p1", file, usd_per_hour=10.0, born=now - 3600.0)
+    reap.note_launch("made", "a", "p1", file, usd_per_hour=10.0, born=now - 3590.0)
     reap.note_launch("ended", "a", "p1", file, usd_per_hour=20.0)
     reap.note_launch("made", "b", "p2", file, usd_per_hour=10.0, born=now - 3600.0)
     assert reap.spent_before("a", file) == pytest.approx(20.0, rel=0.01)
+
+
+def test_a_pod_that_vanished_unseen_counts_for_a_quarter_of_an_hour(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reap.note_launch("made", "a", "p1", file, usd_per_hour=36.0, born=time.time())
+    tomorrow = time.time() + 86_400.0
+    monkeypatch.setattr(time, "time", lambda: tomorrow)
+    assert reap.spent_before("a", file) == pytest.approx(reap.GONE_S / 100, rel=0.1)
+    reap.note_gone([], file)
+    assert reap.spent_before("a", file) == pytest.approx(reap.GONE_S / 100, rel=0.1)
 
 
 def test_a_price_that_fell_does_not_make_the_past_cheaper(file: Path) -> None:
