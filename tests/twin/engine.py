@@ -146,10 +146,12 @@ class Engine:
         self.client.close()
 
 
-def wait_until(happened: Callable[[], bool], timeout_s: float, what: str) -> None:
+def wait_until(
+    happened: Callable[[], bool], timeout_s: float, what: str, every_s: float = 0.1
+) -> None:
     """Poll until something has happened. Raises TimeoutError that names it."""
     deadline = time.monotonic() + timeout_s
     while not happened():
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {timeout_s:.0f} s: {what}")
-        time.sleep(0.1)
+        time.sleep(every_s)

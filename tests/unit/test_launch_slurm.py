@@ -328,9 +328,12 @@ def test_a_signal_before_the_run_listens_loses_no_job(shell: Shell) -> None:
     assert "scontrol requeue 1000" in shell.calls()
 
 
-def test_scancel_saves_and_ends_the_chain(shell: Shell) -> None:
-    code, _ = signalled(shell, signal.SIGTERM)
+@pytest.mark.parametrize("stopped_by", ["75", "135", "137"])
+def test_scancel_ends_the_chain(shell: Shell, stopped_by: str) -> None:
+    """135: the SIF's mount was ended under the run, 137: the run was killed."""
+    code, _ = signalled(shell, signal.SIGTERM, STOPPED_BY=stopped_by)
     assert code == 75
+    assert ("last complete" in shell.comment()) == (stopped_by != "75")
     assert "TERM" in shell.comment() and "launch it again" in shell.comment()
     assert not any(call.startswith(("sbatch", "scontrol requeue")) for call in shell.calls())
 

@@ -39,6 +39,11 @@ SMALL = "/small"
 """A scratch that fills up."""
 SMALL_MIB = 64
 START_S = 120.0
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+POLL_S = 1.0
+"""Between two questions to SLURM, which answers by a process of its own."""
+SIGNAL_S = 240
+"""`--signal-s` of the jobs whose wall time `end_wall_time` ends."""
 FAST_SIF = ("--mksquashfs-args", "-comp zstd -Xcompression-level 3")
 """A third of the time of the default gzip, at the same size."""
 APPTAINER_IN_DOCKER: dict[str, Any] = {
@@ -227,11 +232,32 @@ class Cluster:
         deadline = time.monotonic() + timeout_s
         while True:
             job = self.job(job_id)
-            if job.get("JobState") in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"):
+            if job.get("JobState") in ENDED:
                 return job
             if time.monotonic() > deadline:
                 raise TimeoutError(f"job {job_id} after {timeout_s} s: {job}\n{self.log(job_id)}")
-            time.sleep(0.5)
+            time.sleep(POLL_S)
+
+    def end_wall_time(self, job_id: str, timeout_s: float) -> None:
+        """Leave a running job two to three minutes and wait until SLURM has seen the end of it.
+
+        SLURM looks every 30 s whether a job's signal is due, so it comes within that time where
+        the job asks for it SIGNAL_S before its end; the rest is time to save. Once the job has been
+        requeued, it has all its time again. Raises TimeoutError with its log.
+        """
+        before = self.job(job_id)
+        h, m, _ = map(int, before["RunTime"].rpartition("-")[2].split(":"))
+        self.check(f"scontrol update JobId={job_id} TimeLimit={h * 60 + m + 3}")
+
+        def is_requeued() -> bool:
+            job = self.job(job_id)
+            if job["JobState"] in ENDED:
+                raise EngineError(f"{job_id} has ended instead: {job}\n{self.log(job_id)}")
+            return job["Restarts"] != before["Restarts"]
+
+        wait_until(is_requeued, timeout_s, f"the requeue of job {job_id}", POLL_S)
+        limit = before["TimeLimit"]
+        self.check(f"scontrol update JobId={job_id} TimeLimit={limit}", user="root")
 
     def log(self, job_id: str) -> str:
         """What a job has written."""
