@@ -45,7 +45,10 @@ def push(run_dir: RunDir, command: tuple[str, ...] = (sys.executable, "-m", "wan
     if not os.environ.get("WANDB_API_KEY") and not (Path.home() / ".netrc").is_file():
         raise SpecError("W&B has no key here: set WANDB_API_KEY (wandb.ai/authorize shows yours)")
     for part in parts:
-        done = subprocess.run([*command, "sync", str(part)], stdout=sys.stderr)
+        # Its own log goes to the folder `wandb` of the working directory.
+        done = subprocess.run(
+            [*command, "sync", str(part.resolve())], stdout=sys.stderr, cwd=run_dir.path
+        )
         (result.waiting if done.returncode else result.pushed).append(part.name)
     result.exit_code = EXIT_SPEC if result.waiting else EXIT_DONE
     return result
