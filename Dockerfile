@@ -165,7 +165,7 @@ COPY . /build/
 WORKDIR /build
 USER 1000:0
 ENV HOME=/tmp HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis
-CMD ["python", "-m", "pytest", "-p", "no:cacheprovider", "tests/unit"]
+CMD ["python", "-m", "pytest", "-p", "no:cacheprovider", "-m", "not long", "tests/unit"]
 
 # ---------------------------------------------------------------------------------------------
 
