@@ -5,6 +5,7 @@ run.
 """
 
 import atexit
+import contextlib
 import io
 import sys
 import time
@@ -65,8 +66,12 @@ class Console:
         """A stage begins, or begins again."""
         self._stage_started_s = time.monotonic()
         self._drawn_s = -PLAIN_MOST_S
+        latest = self._run.checkpoints_dir(stage) / "latest"
+        begins = "starts"
+        with contextlib.suppress(OSError):
+            begins = f"resumes from {latest.read_text().strip()}"
         if not self._is_tty:
-            self._show(lambda: self._line(f"{self._place(stage)} {stage} starts"))
+            self._show(lambda: self._line(f"{self._place(stage)} {stage} {begins}"))
 
     def update(self, stage: str, progress: dict[str, Any]) -> None:
         """Show the progress that the stage has written; cheap, so call it at every poll."""

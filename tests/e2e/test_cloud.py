@@ -132,7 +132,7 @@ def check_resume(client: Client, engine: Engine, run: str, task: str, toy: str) 
         )
         code, said = client(*launch)
         assert code == 0, said
-        assert "resume" in said.lower(), "the log of the run comes through"
+        assert "base_train resumes from step_" in said, "the log of the run comes through"
         status = client.status(run)
         assert (status["state"], status["exit_code"]) == ("SUCCEEDED", 0)
         pod = client.pod()

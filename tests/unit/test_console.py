@@ -70,6 +70,16 @@ def test_plain_lines_come_every_few_seconds_and_then_more_rarely(
         assert part in line
 
 
+def test_a_resume_says_from_where(run: RunDir, clock: list[float]) -> None:
+    out = io.StringIO()
+    latest = run.checkpoints_dir("base_train") / "latest"
+    latest.parent.mkdir(parents=True)
+    latest.write_text("step_000083\n")
+    shown = Console(run, STAGES, tty=False, stream=out)
+    shown.stage_start("base_train")
+    assert out.getvalue() == "[2/3] base_train resumes from step_000083\n"
+
+
 def test_a_terminal_gets_a_bar_and_a_line_per_finished_stage(
     run: RunDir, clock: list[float]
 ) -> None:
