@@ -16,6 +16,7 @@ import pytest
 
 from tests.twin.engine import Engine, build_image, wait_until
 from tests.twin.slurm.cluster import (
+    ENDED,
     HOME,
     KIT,
     NODES,
@@ -38,6 +39,7 @@ RUN_S = 900.0
 STEPS = 3000
 """Of base training: far more than are done in the 30 s in which SLURM notices a job's end."""
 TRAINING = (f"base_train.num_steps={STEPS}", "base_train.eval_every_steps=1000")
+FEWER = "base_train.num_steps=1500"
 ENDLESS = "base_train.num_steps=1000000"
 
 
@@ -85,7 +87,7 @@ def steps(cluster: Cluster, name: str, stage: str = "base_train") -> int:
 
 def wait_for_step(cluster: Cluster, job: str, name: str, step: int) -> None:
     def reached() -> bool:
-        assert cluster.job(job)["JobState"] in ("PENDING", "RUNNING"), cluster.log(job)
+        assert cluster.job(job)["JobState"] not in ENDED, cluster.log(job)
         return steps(cluster, name) >= step
 
     wait_until(reached, RUN_S, f"{name} at step {step}", POLL_S)
@@ -179,7 +181,7 @@ def test_a_wall_time_shorter_than_the_run(
 
 @pytest.mark.long
 def test_four_jobs_give_the_same_bits(cluster: Cluster) -> None:
-    training = f"base_train.num_steps={3 * STEPS}", "base_train.eval_every_steps=1000"
+    training = f"base_train.num_steps={2 * STEPS}", "base_train.eval_every_steps=1000"
     whole = launch(cluster, "--time 60 " + named("whole4", *training))
     parts = launch(cluster, "--time 60 " + named("parts4", *training), SIGNAL_S)
     run_in_parts(cluster, parts, "parts4", 3)
@@ -214,7 +216,7 @@ def test_scancel_keeps_a_checkpoint_and_the_run_goes_on(
 
 @pytest.mark.long
 def test_a_node_that_dies_hands_its_run_to_the_other(cluster: Cluster) -> None:
-    job = launch(cluster, "--time 30 " + named("node_died", *TRAINING))
+    job = launch(cluster, "--time 30 " + named("node_died", FEWER))
     wait_for_step(cluster, job, "node_died", 50)
     node = cluster.job(job)["NodeList"]
     cluster.nodes[node].remove(force=True)
@@ -231,7 +233,7 @@ def test_a_node_that_dies_hands_its_run_to_the_other(cluster: Cluster) -> None:
 @pytest.mark.long
 def test_a_full_scratch_is_78_and_goes_on_once_there_is_room(cluster: Cluster) -> None:
     words = f"--time 30 --scratch {SMALL}/{USER} --sif {SIF} " + named(
-        "full", *TRAINING, "checkpoint.free_floor_gib=0.0"
+        "full", FEWER, "checkpoint.free_floor_gib=0.0"
     )
     cluster.check(f"mkdir -p {SMALL}/{USER}/nanochat && cp -r {HOME}/data {SMALL}/{USER}/nanochat/")
     job = launch(cluster, words)
@@ -243,6 +245,7 @@ def test_a_full_scratch_is_78_and_goes_on_once_there_is_room(cluster: Cluster) -
         ),
         RUN_S,
         "a step",
+        POLL_S,
     )
     cluster.run(f"head -c 64M /dev/zero > {SMALL}/filler", user="root")
     ended = cluster.wait_for_job(job, RUN_S)
