@@ -148,7 +148,10 @@ def pull_verb(args: argparse.Namespace) -> Pulled:
     except RunDirError:
         api = connect()
         pod = runpod_pod.find_pod(api, args.run_dir) if api is not None else None
-        if pod is None or pod.address is None:
+        there = sky_cluster.files_of(args.run_dir)
+        if pod is not None and pod.address is not None:
+            there = runpod_pod.run_on_pod(pod.address, args.run_dir)
+        if there is None:
             raise
-        source = runpod_pod.run_on_pod(pod.address, args.run_dir)
+        source = there
     return bring(source, to, args.best)

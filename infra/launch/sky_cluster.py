@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from infra import reap
 from infra.launch.base import LaunchError
+from infra.pull import Host
 from infra.runpod_api import Pod, ProviderError, connect
 from nanochat.rundir import EXIT_FAILED, EXIT_STOPPED
 
@@ -102,6 +103,13 @@ def stop(name: str, sky: Sky) -> int:
     return EXIT_STOPPED if exit_code is None else int(exit_code)
 
 
+def files_of(name: str) -> Host | None:
+    """The files of the run on a cluster, for `pull`; None where there is no cluster or no run."""
+    cluster = cluster_name(name)
+    run = run_on(cluster, name) if is_known(cluster) else None
+    return Host([*_ssh(cluster), cluster], str(run["run_dir"])) if run else None
+
+
 def exit_code_on(cluster: str, run_name: str) -> int:
     """The run's own exit code; 70 where it is not told."""
     run = run_on(cluster, run_name)
@@ -125,12 +133,16 @@ def on(cluster: str, command: str, timeout_s: float = ANSWER_S) -> str | None:
     The image's variables are in the login shell only. The exit code of `nanochat status` is the
     run's, so what is printed counts.
     """
-    options = [word for o in ("BatchMode=yes", "ConnectTimeout=15") for word in ("-o", o)]
-    ssh = ["ssh", "-F", str(ssh_entry(cluster)), *options, cluster, f"bash -lc '{command}'"]
+    there = [*_ssh(cluster), cluster, f"bash -lc '{command}'"]
     with contextlib.suppress(subprocess.SubprocessError, OSError):
-        done = subprocess.run(ssh, capture_output=True, text=True, timeout=timeout_s)
+        done = subprocess.run(there, capture_output=True, text=True, timeout=timeout_s)
         return done.stdout if done.stdout else None
     return None
+
+
+def _ssh(cluster: str) -> list[str]:
+    options = [word for o in ("BatchMode=yes", "ConnectTimeout=15") for word in ("-o", o)]
+    return ["ssh", "-F", str(ssh_entry(cluster)), *options]
 
 
 def ssh_entry(cluster: str) -> Path:

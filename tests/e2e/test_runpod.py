@@ -214,12 +214,24 @@ def test_no_capacity_unfit_prices_and_boot_failures_fall_through(client: Client)
     """Stock-outs take the next rung, a pod that does not come up is ended and another asked for."""
     account = client.cloud.account
     account.faults["deploy"] = Fault(times=1)
-    code, output = client.run(*client.launch("--volume", "none", "--detach"))
+    endless = ("base_train.num_steps=1000000", "budget.checkpoint_every_s=5.0")
+    code, output = client.run(*client.launch("--volume", "none", "--detach", *endless))
     assert code == 0, output
     assert "no longer any instances" not in output
     assert len(account.alive()) == 1
     code, output = client.run(*client.launch())
     assert code == 78 and "has pod" in output, "two pods would write one run directory"
+
+    def has_checkpoint() -> bool:
+        return bool(client.shown(client.pod(), f"{RUN}/checkpoints/base_train/latest"))
+
+    wait_until(has_checkpoint, START_S, "a checkpoint")
+    code, output = client.run("status", "e2e", "--json")
+    found = json.loads(output)
+    assert code == 0 and (found["state"], found["pod"]) == ("RUNNING", client.pod().id)
+    code, output = client.run("pull", "e2e", "--to", str(client.home / "pulled"))
+    assert code == 0 and "verified" in output, output
+    assert list((client.home / "pulled").glob("checkpoints/base_train/step_*/model-*"))
     code, output = client.run("stop", "e2e")
     assert code in (0, 75), output
     assert account.alive() == []

@@ -327,6 +327,14 @@ def test_of_several_runs_the_named_or_the_living_one_is_meant(cluster: dict[str,
         assert run is not None and run["name"] == meant
 
 
+def test_the_files_of_its_run_can_be_pulled(cluster: dict[str, Any]) -> None:
+    cluster["runs"][0]["run_dir"] = "/workspace/nanochat/runs/d20"
+    there = sky_cluster.files_of("d20")
+    assert there is not None
+    assert (there.command[-1], there.path) == ("d20", "/workspace/nanochat/runs/d20")
+    assert sky_cluster.files_of("d24") is None
+
+
 def test_stop_saves_first_and_leaves_nothing_billed(cluster: dict[str, Any]) -> None:
     assert sky_cluster.stop("d20", FakeSky()) == 75
     assert "nanochat stop d20" in cluster["asked"]
