@@ -42,7 +42,7 @@ D20_TOY = (
     'chat_rl.task="spelling" evaluate.tasks=["spelling"]'
 )
 """d20 on the CPU that a pod here has, from the text and the tasks that are in the image."""
-BROKEN = "rm -rf /root/.local/bin/uv /root/skypilot-runtime; ln -sf /bin/false /usr/bin/curl"
+BROKEN = "ln -sf /bin/false /root/.local/bin/uv; ln -sf /bin/false /usr/bin/curl"
 
 
 class Client:

@@ -11,6 +11,7 @@ from tests.twin.runpod.catalog import CPUS, GPU_TYPES, SPOT_PART
 from tests.twin.runpod.pods import Pods
 
 Json = dict[str, Any]
+DEPLOYS = ("podFindAndDeployOnDemand", "deployCpuPod", "podRentInterruptable")
 NO_CAPACITY = "There are no longer any instances available with the requested specifications."
 
 
@@ -97,9 +98,12 @@ class Account:
                 {"time": time.time(), "operation": operation, "input": given, "from": caller}
             )
             self._fail(operation)
-            if operation in ("podFindAndDeployOnDemand", "deployCpuPod", "podRentInterruptable"):
+            deploys = operation in DEPLOYS
+            if deploys:
                 self._fail("deploy")
-                return self._deploy(given, spot=operation == "podRentInterruptable")
+        if deploys:  # starting a container takes seconds, in which others may ask
+            return self._deploy(given, spot=operation == "podRentInterruptable")
+        with self._lock:
             if operation == "podTerminate":
                 return self.terminate(str(given["podId"]), caller)
             if operation == "pod":
@@ -169,7 +173,8 @@ class Account:
             "RUNPOD_DC_ID": str(given.get("dataCenterId") or ""),
             **self.extra_env,
         }
-        self.pods[pod_id] = pod
+        with self._lock:
+            self.pods[pod_id] = pod
         pod.container = self.engine.start(
             f"runpod-{pod_id}",
             self.image,
@@ -180,6 +185,8 @@ class Account:
         )
         if self.on_start:
             self.engine.run(pod.container, "sh", "-c", self.on_start)
+        if pod.ended is not None:  # in the meantime
+            self.engine.kill(pod.container)
         return self._shown(pod)
 
     def _mounts(self, given: Json) -> dict[str, str]:
@@ -291,7 +298,7 @@ class Account:
 
     def alive(self) -> list[Pod]:
         """Pods that are billed now."""
-        return [p for p in self.pods.values() if p.ended is None]
+        return [p for p in list(self.pods.values()) if p.ended is None]
 
     def preempt(self, pod_id: str) -> None:
         """A spot host is taken back: the pod vanishes with its processes."""
@@ -315,7 +322,7 @@ class Account:
     def spent_usd(self) -> float:
         """What all pods have been billed up to now."""
         now = time.time()
-        return sum(p.spent_usd(now) for p in self.pods.values())
+        return sum(p.spent_usd(now) for p in list(self.pods.values()))
 
     def state(self) -> Json:
         """Everything that can be seen, as JSON."""
