@@ -11,6 +11,7 @@
 No torch here, also indirectly.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -103,11 +104,12 @@ class Lease:
                 raise LeaseLost(f"{self._run.path} was taken over by another run") from None
 
     def release(self) -> None:
-        """Give the lease back if it is ours."""
+        """Give the lease back if it is ours; on a volume that takes nothing any more it expires."""
         self.is_held = False
-        found = self._read()
-        if found is not None and _parsed(found).get("id") == self._id:
-            self._file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            found = self._read()
+            if found is not None and _parsed(found).get("id") == self._id:
+                self._file.unlink(missing_ok=True)
 
     def _create(self) -> bool:
         """Make the file where there is none; False where there is one."""

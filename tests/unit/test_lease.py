@@ -1,6 +1,7 @@
 """One writer per run directory, over containers, nodes, kills and sleeps."""
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -73,6 +74,19 @@ def test_a_free_lease_is_taken_at_once_and_given_back(run: RunDir) -> None:
     lease.release()
     assert not run.lease_file.exists() and not lease.is_held and told == []
     assert [p.name for p in run.path.iterdir() if "lease" in p.name] == []
+
+
+def test_giving_back_to_a_volume_that_takes_nothing_is_silent(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    lease = Lease(run, expiry_s=HOUR_S)
+    assert lease.acquire(lambda message: None)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    lease.release()
+    assert not lease.is_held and run.lease_file.exists()
 
 
 def test_a_holder_that_writes_is_refused_at_its_next_heartbeat(
