@@ -38,7 +38,7 @@ class Switch:
     def __init__(
         self,
         home: Path,
-        pod_id: str,
+        pod_id: str | None,
         api: RunPodApi | None,
         max_usd: float | None = None,
         born: float | None = None,
@@ -81,7 +81,7 @@ class Switch:
 
     def end(self) -> bool:
         """Ask once for the end of the pod; True when the provider has taken it."""
-        if self.api is None:
+        if self.api is None or self.pod_id is None:
             return False
         try:
             self.api.terminate(self.pod_id)
@@ -130,7 +130,9 @@ class Switch:
         return left_s is not None and left_s <= LOOK_EVERY_S
 
     def _ask_price(self, now: float) -> None:
-        if self.api is None or (self._asked is not None and now - self._asked < ASK_EVERY_S):
+        if self.api is None or self.pod_id is None:
+            return
+        if self._asked is not None and now - self._asked < ASK_EVERY_S:
             return
         self._asked = now
         with contextlib.suppress(ProviderError):
@@ -145,7 +147,7 @@ def current_run(home: Path) -> RunDir | None:
     return RunDir(pointer) if isinstance(pointer, str) else None
 
 
-def note_life(home: Path, pod_id: str) -> None:
+def note_life(home: Path, pod_id: str | None) -> None:
     """Count the pod in the ledger of its run up to now: a supervisor that hung, or was killed, has
     left off before, and the pod that goes on with the run must know."""
     run = current_run(home)

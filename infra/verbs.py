@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from infra import cloud, hardware, nodes, planner, preflight
 from infra import reap as reaping
 from infra.console import Console, render_status
+from infra.guard import start_guard
 from infra.launch import docker, slurm
 from infra.launch.base import Job, LaunchError, Rendered, present_secrets
 from infra.meter import Price, meter_of_this_pod
@@ -141,6 +142,7 @@ def run(args: argparse.Namespace) -> int:
     supervisor = Supervisor(
         spec, run_dir, document, meter(), ranks, console, nodes.first_node_command, meter
     )
+    start_guard()
     exit_code = supervisor.run()
     if args.json:
         print(json.dumps(run_dir.status()))
