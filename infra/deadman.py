@@ -24,6 +24,8 @@ from infra.runpod_api import Pod, ProviderError, RunPodApi, connect, label, this
 from nanochat.rundir import RunDir, RunDirError, append_jsonl, read_json, read_jsonl
 
 LOOK_EVERY_S = 5.0
+EARLY_S = 12.0
+"""The end is asked for this much before the money is gone: a busy machine looks late."""
 ASK_EVERY_S = 60.0
 SILENCE_S = 900.0
 """Longer than an image's start, SkyPilot's set-up and a supervisor's restart take together."""
@@ -109,11 +111,11 @@ class Switch:
         lived_s = self._pod.uptime_s + now - self._pod_seen
         if self.born is not None:
             lived_s = max(lived_s, time.time() - self.born)
-        lived_s += LOOK_EVERY_S
+        lived_s += EARLY_S
         return lived_s / 3600.0 * self._highest_usd_per_hour >= self.max_usd
 
     def _over_budget(self, run: RunDir) -> bool:
-        """Whether the money of the ledger is used up by the next look, this pod still billed."""
+        """Whether the money of the ledger is used up by a late next look, this pod still billed."""
         try:
             bounds = run.spec().budget
         except (RunDirError, OSError):
@@ -127,7 +129,7 @@ class Switch:
             price = max(price, self._pod.usd_per_hour)
         lives = {"event": "heartbeat", "time": now, "usd_per_hour": price, "instance": self.pod_id}
         left_s = budget.time_left_s(bounds, [*read_jsonl(run.ledger_file), lives], now)
-        return left_s is not None and left_s <= LOOK_EVERY_S
+        return left_s is not None and left_s <= EARLY_S
 
     def _ask_price(self, now: float) -> None:
         if self.api is None or self.pod_id is None:

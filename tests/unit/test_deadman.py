@@ -83,7 +83,7 @@ def test_the_ledger_is_counted_without_the_supervisor(tmp_path: Path, now: list[
     """$1 at $36 per hour is 100 s; at twice the price that the API tells, 50 s."""
     a_run(tmp_path, 1.0, now[0])
     switch = Switch(tmp_path, "p", RunPodApi("k", post=Provider(36.0).post))
-    now[0] += 90
+    now[0] += 85
     assert switch.reason_to_end() is None
     now[0] += 8
     assert "budget" in str(switch.reason_to_end())
