@@ -35,6 +35,9 @@ from nanochat.rundir import EXIT_SPEC, EXIT_STOPPED, EXIT_UNFIT_NODE
 
 MOUNT = "/workspace"
 CONTAINER_DISK_GB = 40
+CUDA_VERSIONS = ("13.0", "13.1", "13.2", "13.3", "13.4")
+"""Of hosts whose driver can run the torch of requirements.lock; RunPod compares by name. On another
+one the node check would end the pod with 77, paid for."""
 BOOT_DEADLINE_S = 900.0
 """Image pull, start and node check; the image is some 6 GB."""
 MAX_PODS = 3
@@ -172,6 +175,7 @@ def pod_arguments(
         "start_ssh": True,
         "data_center_id": rung.data_center,
         "gpu_count": rung.gpu_count,
+        "allowed_cuda_versions": None if rung.gpu_type is None else list(CUDA_VERSIONS),
         "container_disk_in_gb": CONTAINER_DISK_GB,
         "docker_args": shlex.join(command),
         "ports": ",".join(ports),

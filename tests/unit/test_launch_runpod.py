@@ -138,6 +138,14 @@ def test_what_is_sent_is_secure_labelled_and_names_secrets_without_values() -> N
     assert pod["docker_args"].startswith("python -m infra.podrun run @")
 
 
+def test_hosts_are_wanted_whose_driver_can_run_the_torch_of_the_lock() -> None:
+    text = render([job()], RunPodOptions(), [VOLUME]).text
+    allowed = json.loads(text)[0]["pod"]["allowed_cuda_versions"]
+    assert f"\ncuda-toolkit=={allowed[0]}." in (ROOT / "requirements.lock").read_text()
+    on_cpu = render([job(offer="cpu", usd_per_hour=0.0)], RunPodOptions(), [VOLUME]).text
+    assert json.loads(on_cpu)[0]["pod"]["allowed_cuda_versions"] is None
+
+
 def test_the_worst_case_is_the_budget_or_its_hours_at_the_ceiling() -> None:
     assert render([job()], RunPodOptions(), [VOLUME]).worst_case_usd == 100.0
     hours = [job("budget.max_hours=1.0")]
