@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(3600)]
 TOY = "@configs/e2e.toml"
 FAST_SIGNAL_S = 40
 FAST = f"--signal-s {FAST_SIGNAL_S}"
-RUN_S = 900.0
+RUN_S = 1800.0
 STEPS = 3000
 """Of base training: far more than are done in the 30 s in which SLURM notices a job's end."""
 TRAINING = (f"base_train.num_steps={STEPS}", "base_train.eval_every_steps=1000")
