@@ -13,8 +13,6 @@ from torch import Tensor
 
 from nanochat.loss import softcap
 
-ARGMAX_BLOCK = 128
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -61,18 +59,13 @@ def sample(logits: Tensor, settings: Sequence[Sampling], uniforms: Sequence[floa
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """argmax over the last dimension of [B, V]: the first of equals, as int64 [B].
+    """argmax over the last dimension of [B, V] float32: the first of equals, as int64 [B].
 
-    The maxima of blocks first: torch's argmax is not vectorised on CPUs (0.56 against 0.06 ms for
-    16 rows of 32,768).
+    By numpy on CPUs, where torch's is not vectorised (300 against 25 us for 16 rows of 32,768).
     """
-    n_rows, vocab_size = logits.shape
-    if logits.device.type != "cpu" or vocab_size % ARGMAX_BLOCK:
+    if logits.device.type != "cpu":
         return logits.argmax(dim=-1)
-    blocks = logits.view(n_rows, -1, ARGMAX_BLOCK)
-    block = blocks.amax(dim=-1).argmax(dim=-1)
-    rows = torch.arange(n_rows)
-    return block * ARGMAX_BLOCK + blocks[rows, block].argmax(dim=-1)
+    return torch.from_numpy(logits.numpy().argmax(axis=-1))
 
 
 def _truncates(s: Sampling) -> bool:

@@ -269,3 +269,21 @@ def test_sampling_settings_without_meaning_are_refused() -> None:
     for wrong in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}):
         with pytest.raises(ValueError, match="allowed"):
             Sampling(**wrong)  # type: ignore[arg-type]
+
+
+def test_kernels_chosen_for_training_serve_prompts_only(model: GPT) -> None:
+    engine = Engine(model, TOKENIZER, max_batch=2)
+    forward, seen = engine._forward, []
+
+    def watched(idx: torch.Tensor, *args: object) -> torch.Tensor:
+        seen.append((idx.size(1) > 1, torch.get_float32_matmul_precision()))
+        return forward(idx, *args)
+
+    engine._forward = watched  # type: ignore[assignment]
+    torch.set_float32_matmul_precision("medium")
+    try:
+        engine.generate([[128, 1, 2], [128, 3, 4]], max_tokens=3)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {(True, "medium"), (False, "highest")}
