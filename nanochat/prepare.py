@@ -204,11 +204,7 @@ def _build_model(
 
 def load_stage_weights(run: RunDir, stage: str, model: GPT) -> None:
     """Fill the model with the best weights of a stage, or its latest where none was validated."""
-    folder = run.checkpoints_dir(stage)
-    try:
-        load_model(folder, model.state_dict(), "best")
-    except CheckpointError:
-        load_model(folder, model.state_dict(), "latest")
+    load_model(run.checkpoints_dir(stage), model.state_dict(), "best")
 
 
 def device_name(device: torch.device) -> str:

@@ -32,9 +32,9 @@ def load_weights(
     """(weights by name, `extra` of the save) from RUN/checkpoints/STAGE.
 
     The tensors are on the CPU; those written in one piece lie on the mapped file, so that they are
-    read when used (writing to them does not touch the file). which: latest, best (lowest val_bpb)
-    or a step; a damaged latest or best is passed over for the next one, loudly. verify: compare
-    sha256. Raises CheckpointError.
+    read when used (writing to them does not touch the file). which: latest, best (lowest val_bpb;
+    the latest where none was validated) or a step; a damaged latest or best is passed over for the
+    next one, loudly. verify: compare sha256. Raises CheckpointError.
     """
     reader, names, extra = _open_model(directory, which, verify)
     return {name.removeprefix(PREFIX): reader.whole(name) for name in names}, extra
@@ -70,7 +70,8 @@ def _open_model(
     folder_of = CheckpointDir(directory).folder
     complete = CheckpointDir(directory).complete()
     if which == "best":
-        candidates = by_val_bpb(complete)
+        unknown = [m for m in reversed(complete) if m.val_bpb is None]
+        candidates = [*by_val_bpb(complete), *unknown]
     elif which == "latest":
         candidates = list(reversed(complete))
     else:

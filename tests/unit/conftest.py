@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from tiny_run import make_run
+from tiny_run import make_char_run, make_run
 
 from nanochat.rundir import RunDir
 
@@ -12,3 +12,9 @@ from nanochat.rundir import RunDir
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunDir]:
     """A finished run whose model knows a few answers by heart."""
     yield make_run(str(tmp_path_factory.mktemp("tiny") / "run"))
+
+
+@pytest.fixture(scope="session")
+def char_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run of characters whose best checkpoint is not its newest."""
+    return make_char_run(str(tmp_path_factory.mktemp("char") / "run"))

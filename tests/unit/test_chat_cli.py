@@ -57,6 +57,21 @@ def test_json_is_one_document_with_the_facts(
     assert document["num_tokens"] > len("It is 72.") and document["tokens_per_s"] > 0
 
 
+def test_best_is_the_lowest_validation_loss_also_of_a_char_model(
+    char_run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def facts(*options: str) -> dict:
+        question = ["--prompt", "Say hi.", "--json", "--max-tokens", "9"]
+        assert cli.main([str(char_run.path), *question, *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert facts()["step"] == 9
+    best = facts("--best")
+    assert (best["step"], best["answer"], best["num_tokens"]) == (7, "hi", 2)
+    assert cli.main([str(char_run.path), "--best", "--prompt", "Who?"]) == EXIT_SPEC
+    assert "not in the char vocabulary" in capsys.readouterr().err
+
+
 def test_the_newest_stage_is_taken_unless_another_is_named(run: RunDir) -> None:
     assert load_trained(run).stage == "chat_sft"
     assert load_trained(run, "base").stage == load_trained(run, "base_train").stage == "base_train"

@@ -210,6 +210,11 @@ def test_weights_of_latest_best_and_a_step(tmp_path: Path) -> None:
         load_weights(tmp_path, 4)
 
 
+def test_best_is_the_latest_where_none_was_validated(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2)
+    assert_same(load_weights(tmp_path, "best")[0], state_of(2)["model"])
+
+
 def test_weights_of_a_damaged_latest_are_passed_over(tmp_path: Path) -> None:
     save_steps(tmp_path, 1, 2)
     damage(tmp_path / "step_000002" / "model-00000.safetensors", 700)

@@ -1,14 +1,17 @@
 """The exported folder against Hugging Face transformers, and read back."""
 
 import json
+import random
 import string
 from pathlib import Path
 
+import bpe_texts
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_run import ANSWERS, FOLLOW_UP, conversations
+from tokenizers import Tokenizer as HFTokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, NanoChatForCausalLM
 
 from nanochat import export, hf
@@ -78,6 +81,20 @@ def test_the_tokenizer_gives_the_same_ids(folder: Path, ours: Loaded, text: str)
     theirs = AutoTokenizer.from_pretrained(folder)
     assert theirs.encode(text, add_special_tokens=False) == ours.tokenizer.encode(text)
     assert theirs.decode(ours.tokenizer.encode(text)) == text
+
+
+def test_the_tokenizer_gives_the_same_ids_on_the_corpus(tmp_path: Path) -> None:
+    """On what rustbpe is held to: every kind of text, and arbitrary ones."""
+    corpus = [text for kind in bpe_texts.KINDS for text in bpe_texts.texts(kind, 100)]
+    rng = random.Random(0)
+    corpus += [bpe_texts.strange_text(rng, corpus) for _ in range(200)]
+    ours = Tokenizer.train(corpus, 2048, num_threads=1)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(hf.tokenizer_json(ours)), encoding="utf-8")
+    theirs = HFTokenizer.from_file(str(path))
+    assert len(ours.description["merges"]) > 1700
+    for text in corpus:
+        assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text), text
 
 
 def test_the_tokenizer_knows_the_special_tokens(folder: Path, ours: Loaded) -> None:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import gc
+import itertools
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import psutil
 import pytest
 from serving import serving
 
+from nanochat.arguments import serve_parser
 from nanochat.chat import web
 from nanochat.chat.server import Limits, Server
 from nanochat.engine import Engine
@@ -378,6 +380,34 @@ def disconnect_somewhere(url: str, rng: random.Random) -> None:
                 return
 
 
+def test_a_client_that_cancels_its_stream_frees_the_row(tiny_run: RunDir) -> None:
+    server = Server(load_trained(tiny_run), 1, Limits())
+    step, steps = server.engine.step, itertools.count()
+
+    def held_step() -> list:
+        """The third one waits until the answer has been given up."""
+        deadline = time.monotonic() + 20
+        while next(steps) >= 2 and server.num_open() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return step()
+
+    server.engine.step = held_step  # type: ignore[method-assign]
+    with serving(server) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        stream = client.chat.completions.create(
+            model="tiny-sft",
+            messages=[{"role": "user", "content": "Who are you?"}],
+            temperature=0,
+            stream=True,
+        )
+        text = next(c.choices[0].delta.content for c in stream if c.choices[0].delta.content)
+        assert KNOWN["Who are you?"].startswith(text) and server.num_rows() == 1
+        stream.close()
+        wait_until_idle(server)
+        assert server.metrics.cancelled.values[""] == 1
+        server.engine.step = step  # type: ignore[method-assign]
+        assert ask(client, "Say hi.") == "hi"
+
+
 @pytest.mark.parametrize("num_requests", [150, pytest.param(1000, marks=pytest.mark.long)])
 def test_disconnects_leak_no_slot_and_no_memory(tiny_run: RunDir, num_requests: int) -> None:
     server = Server(load_trained(tiny_run, "base"), 4, Limits(max_waiting=1000))
@@ -448,6 +478,18 @@ def test_metrics_count(tiny_run: RunDir) -> None:
 
 # -----------------------------------------------------------------------------
 # The command
+
+
+def test_best_of_a_char_model_is_served(char_run: RunDir) -> None:
+    server = web.make_server(serve_parser().parse_args([str(char_run.path), "--best"]))
+    with serving(server) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        assert client.models.list().data[0].to_dict()["step"] == 7
+        answer = client.chat.completions.create(
+            model=server.model_id, messages=[{"role": "user", "content": "Say hi."}], temperature=0
+        )
+        assert answer.choices[0].message.content == "hi"
+        with pytest.raises(openai.BadRequestError, match="not in the char vocabulary"):
+            client.completions.create(model=server.model_id, prompt="Who?")
 
 
 def test_sigterm_answers_what_is_in_flight_and_exits_0(tiny_run: RunDir) -> None:

@@ -1,5 +1,7 @@
 """A run directory made in two seconds, whose model has learned a few answers by heart."""
 
+import copy
+
 import torch
 
 from nanochat.checkpoint import Checkpointer
@@ -7,7 +9,13 @@ from nanochat.gpt import GPT
 from nanochat.rundir import RunDir
 from nanochat.scaling import gpt_config
 from nanochat.spec import RunSpec
-from nanochat.tokenizer import Tokenizer, render_conversation
+from nanochat.tokenizer import (
+    CharTokenizer,
+    Tokenizer,
+    TokenizerLike,
+    load_tokenizer,
+    render_conversation,
+)
 
 ANSWERS = {
     "Who are you?": "A tiny model, très petit.",
@@ -43,9 +51,12 @@ def conversations() -> list[dict]:
     return [*single, {"messages": FOLLOW_UP}]
 
 
-def learn_by_heart(model: GPT, tokenizer: Tokenizer, num_steps: int = 150) -> None:
-    """Overfit on `conversations`."""
-    rendered = [render_conversation(tokenizer, c, max_tokens=96) for c in conversations()]
+def learn_by_heart(
+    model: GPT, tokenizer: TokenizerLike, num_steps: int = 150, known: list[dict] | None = None
+) -> None:
+    """Overfit on some conversations, `conversations` unless given."""
+    known = conversations() if known is None else known
+    rendered = [render_conversation(tokenizer, c, max_tokens=96) for c in known]
     longest = max(len(ids) for ids, _ in rendered)
     idx = torch.zeros(len(rendered), longest, dtype=torch.int64)
     targets = torch.full_like(idx, -100)
@@ -65,21 +76,38 @@ def learn_by_heart(model: GPT, tokenizer: Tokenizer, num_steps: int = 150) -> No
 
 def make_run(path: str) -> RunDir:
     """RUN with a tokenizer, an untrained base_train and a chat_sft that knows `conversations`."""
-    run = RunDir(path)
-    run.create()
-    run.freeze_spec(SPEC)
-    tokenizer = Tokenizer.train(["the cat and the hat"] * 9, SPEC.model.vocab_size)
-    tokenizer.save(run.tokenizer_dir)
-    model = GPT(gpt_config(SPEC.model))
-    model.init_weights(0)
+    run, model = begin_run(path, Tokenizer.train(["the cat and the hat"] * 9, 300))
     save(run, "base_train", model)
-    learn_by_heart(model, tokenizer)
+    learn_by_heart(model, load_tokenizer(run.tokenizer_dir))
     save(run, "chat_sft", model)
     return run
 
 
-def save(run: RunDir, stage: str, model: GPT, step: int = 7) -> None:
+def make_char_run(path: str) -> RunDir:
+    """RUN with one id per character; step 7 of chat_sft, which has the better val_bpb, answers
+    "Say hi." with "hi", step 9 knows nothing."""
+    run, model = begin_run(path, CharTokenizer("Say hi.", 300))
+    conversation = {"messages": FOLLOW_UP[:2]}
+    untrained = copy.deepcopy(model)
+    learn_by_heart(model, load_tokenizer(run.tokenizer_dir), known=[conversation])
+    save(run, "chat_sft", model, step=7, val_bpb=1.0)
+    save(run, "chat_sft", untrained, step=9, val_bpb=2.0)
+    return run
+
+
+def begin_run(path: str, tokenizer: Tokenizer | CharTokenizer) -> tuple[RunDir, GPT]:
+    """A run with its tokenizer, and its model before any training."""
+    run = RunDir(path)
+    run.create()
+    run.freeze_spec(SPEC)
+    tokenizer.save(run.tokenizer_dir)
+    model = GPT(gpt_config(SPEC.model))
+    model.init_weights(0)
+    return run, model
+
+
+def save(run: RunDir, stage: str, model: GPT, step: int = 7, val_bpb: float = 1.0) -> None:
     """One complete checkpoint of a stage."""
     with Checkpointer(run.checkpoints_dir(stage), SPEC.checkpoint) as checkpointer:
         extra = {"position": {"step": step}, "cursor": None}
-        checkpointer.save(step, {"model": model.state_dict()}, extra, val_bpb=1.0, wait=True)
+        checkpointer.save(step, {"model": model.state_dict()}, extra, val_bpb=val_bpb, wait=True)
