@@ -73,5 +73,6 @@ def utc(unix_s: float | None) -> str:
 
 
 def pair(planned: float | None, actual: float | None, form: Callable[[Any], str]) -> str:
-    """planned → actual, each in the given form; one dash where there is neither."""
-    return "-" if planned is None and actual is None else f"{form(planned)} → {form(actual)}"
+    """planned → actual, each in the given form; once where both look the same."""
+    before, after = form(planned), form(actual)
+    return after if before == after else f"{before} → {after}"

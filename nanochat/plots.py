@@ -124,7 +124,7 @@ CURVES = (
     Curve(
         "grad_norm",
         "Gradient norm",
-        "Before clipping, logarithmic.",
+        "Before clipping; logarithmic unless it is 0 somewhere.",
         "norm",
         _key("grad_norm"),
         is_noisy=True,
@@ -245,7 +245,8 @@ def _curve_plot(
         colour = COLOURS[stage.name]
         xs, ys = zip(*_binned(series), strict=True)
         is_long = len(xs) >= SMOOTH_FROM and curve.is_noisy
-        ax.plot(xs, ys, color=colour, linewidth=1.2, alpha=0.35 if is_long else 1.0)
+        marker = "" if len(xs) > 1 else "o"
+        ax.plot(xs, ys, color=colour, linewidth=1.2, alpha=0.35 if is_long else 1.0, marker=marker)
         if is_long:
             ax.plot(xs, _neighbour_mean(ys), color=colour, linewidth=1.8)
         if max(ys) >= 1000:
@@ -355,6 +356,9 @@ def _label(ax: Axes, stage: str) -> None:
     ax.set_xlabel("step")
     ax.tick_params(length=0)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    left, right = ax.get_xlim()
+    if right - left < 1:  # of one point, which has no room for whole numbers
+        ax.set_xlim(left - 1, right + 1)
 
 
 def _mark_events(ax: Axes, record: RunRecord, stage: str) -> None:

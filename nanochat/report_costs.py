@@ -101,7 +101,10 @@ def plan_against_actual(record: RunRecord) -> list[Block]:
     rows.append(["whole run", "", "", hours, usd, "", "", ""])
     headers = ["Stage", "Steps", "Tokens", "Time", "Cost", "Tokens/s", "MFU", "Memory"]
     blocks: list[Block] = [
-        Paragraph(f"Planned for {record.plan.get('offer', record.spec.offer)} → measured."),
+        Paragraph(
+            f"Planned for {record.plan.get('offer', record.spec.offer)} → measured; once where "
+            "both are the same."
+        ),
         Table(headers, rows),
     ]
     if record.resolved:
@@ -110,9 +113,9 @@ def plan_against_actual(record: RunRecord) -> list[Block]:
                 formats.utc(r.get("time")),
                 str(r.get("what")),
                 ", ".join(
-                    f"{k} {v}"
+                    f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                     for k, v in r.items()
-                    if k not in ("time", "what") and not isinstance(v, dict)
+                    if k not in ("time", "what") and v is not None and not isinstance(v, dict)
                 ),
             ]
             for r in record.resolved[:MAX_EVENTS]
