@@ -278,6 +278,43 @@ def test_a_volume_that_fills_up_keeps_the_last_complete_checkpoint(
         assert again.exit_code == 0, again.output
 
 
+@pytest.fixture
+def disk(engine: Engine, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A volume on a disk of its own, and that disk."""
+    image = tmp_path / "disk.img"
+    subprocess.run(["truncate", "--size=256M", image], check=True)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    attach = ["losetup", "--find", "--show", image]
+    loop = Path(subprocess.run(attach, check=True, capture_output=True, text=True).stdout.strip())
+    options = {"type": "ext4", "device": str(loop), "o": "errors=remount-ro"}
+    try:
+        with engine.volume(driver="local", driver_opts=options) as volume:
+            yield volume, loop
+    finally:
+        subprocess.run(["losetup", "--detach", loop], check=True)
+
+
+@pytest.mark.long
+def test_a_volume_that_turns_read_only_is_told_and_mended_the_run_goes_on(
+    engine: Engine, image: str, disk: tuple[str, Path], short: Path
+) -> None:
+    """As Linux does with a disk that has an error."""
+    volume, loop = disk
+    run = (*SHORT, "budget.checkpoint_every_s=1.0", "checkpoint.free_floor_gib=0.0", LONGER)
+    container = engine.start(*run, **OFFLINE, **mounted(volume, short=short))
+    latest = f"{RUN}/checkpoints/base_train/latest"
+    wait_until(lambda: "step_" in shown(container, latest), START_S, "a first checkpoint")
+    Path(f"/sys/fs/ext4/{loop.name}/trigger_fs_error").write_text("a test")
+    ended = engine.wait(container)
+    assert ended.exit_code == 78, ended.output
+    assert "has become read-only; the last complete checkpoint is kept" in ended.output
+    engine.remove(container)  # which unmounts the disk
+    subprocess.run(["e2fsck", "-p", loop], stdout=subprocess.DEVNULL)
+    assert engine.shell(volume, f"ls {RUN}/checkpoints/base_train/*/manifest.json")
+    again = engine.run(*run, **OFFLINE, **mounted(volume, short=short))
+    assert again.exit_code == 0, again.output
+
+
 def test_a_volume_that_vanishes_is_told_and_where_it_is_back_the_run_goes_on(
     engine: Engine, image: str, volume: str, short: Path
 ) -> None:
