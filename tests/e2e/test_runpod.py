@@ -5,7 +5,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Client:
     cloud: Cloud
     home: Path
     image: str
+    processes: "list[subprocess.Popen[str]]" = field(default_factory=list)
 
     def env(self) -> dict[str, str]:
         return {
@@ -42,7 +43,7 @@ class Client:
         }
 
     def start(self, *words: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [cloud_bin() / "nanochat", *words],
             cwd=ROOT,
             env=self.env(),
@@ -50,6 +51,13 @@ class Client:
             stderr=subprocess.STDOUT,
             text=True,
         )
+        self.processes.append(process)
+        return process
+
+    def close(self) -> None:
+        for process in self.processes:
+            with process:  # waits, and closes its output
+                process.kill()
 
     def run(self, *words: str) -> tuple[int, str]:
         process = self.start(*words)
@@ -89,7 +97,9 @@ def client(engine: Engine, image: str, tmp_path: Path) -> Iterator[Client]:
     cloud_bin()
     with Cloud(image) as cloud:
         cloud.account.make_volume("nanochat", "CA-MTL-1", 10)
-        yield Client(cloud, tmp_path, image)
+        made = Client(cloud, tmp_path, image)
+        yield made
+        made.close()
 
 
 def test_a_killed_pod_is_resumed_with_equal_metrics(
