@@ -66,7 +66,7 @@ def serve_parser(**options: Any) -> Parser:
     parser.add_argument("--max-tokens", type=int, default=1024, help="of one answer")
     parser.add_argument("--max-body-kib", type=int, default=1024, help="of one request")
     parser.add_argument("--time-limit-s", type=float, default=300.0, help="of one answer")
-    parser.add_argument("--drain-s", type=int, default=20, help="for answers in flight at the end")
+    parser.add_argument("--drain-s", type=int, default=8, help="for answers in flight at the end")
     _add_device(parser)
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     return parser

@@ -4,6 +4,11 @@
 # On a pod the dead man's switch starts before anything else, whatever the command is.
 [ -z "$RUNPOD_POD_ID" ] || setsid /opt/nanochat/venv/bin/python -P -m infra.deadman </dev/null &
 [ $# -gt 0 ] || set -- run @configs/smoke.toml
+# In a network of its own, loopback is nobody's: `-p` says who reaches the port. The last --host wins.
+if [ "$1" = serve ] && { [ -e /.dockerenv ] || [ -e /run/.containerenv ]; }; then
+  shift
+  set -- serve --host 0.0.0.0 "$@"
+fi
 case "$1" in
   -* | plan | run | launch | status | stop | reap | pull | fetch | doctor | report | compare | sync \
     | chat | serve | export) exec /opt/nanochat/bin/nanochat "$@" ;;

@@ -276,6 +276,8 @@ def test_a_phone(browser: Browser, url: str) -> None:
     say(page, "Who are you?")
     expect(answers(page)).to_have_text("A tiny model, très petit.")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    box = page.locator("#composer").bounding_box()
+    assert box is not None and box["height"] < 80 and box["y"] > 700  # one line, at the bottom
     expect(page.get_by_role("navigation", name="Chats")).to_be_hidden()
     page.get_by_role("button", name="Chats").tap()
     expect(page.get_by_role("navigation", name="Chats")).to_be_visible()
