@@ -162,13 +162,17 @@ def test_the_budget_ends_the_run_and_the_pod(client: Client, engine: Engine) -> 
 
 def test_a_refused_end_is_asked_again_and_reaped(client: Client) -> None:
     """The provider refuses terminate for a while: `reap` says so, and finishes it."""
-    client.cloud.account.faults["podTerminate"] = Fault(times=6, message="try later", status=500)
+    refusal = Fault(times=10**6, message="try later", status=500)
+    client.cloud.account.faults["podTerminate"] = refusal
     process = client.start(*client.launch("budget.max_usd=0.0001", "--detach"))
     client.wait_for(lambda: bool(client.cloud.account.alive()), process, "a pod")
     process.wait(START_S)
     time.sleep(5.0)  # the label's money is gone
     code, output = client.run("reap")
     assert code == 1 and "refused" in output, output
+    code, output = client.run("status", "e2e")
+    assert "is RUNNING at $" in output, "what is still billed is said"
+    refusal.times = 0
     code, output = client.run("reap")
     assert code == 0, output
     assert client.cloud.account.alive() == []
