@@ -34,8 +34,8 @@ PACKAGES = """
 linux-doc-6.1 rust-doc openjdk-17-doc python3.11-doc cppreference-doc-en-html
 debian-handbook postgresql-doc-15 perl-doc python-django-doc python-scipy-doc llvm-14-doc
 erlang-doc libboost1.74-doc sqlite3-doc git-doc vim-doc manpages manpages-dev manpages-de
-manpages-fr manpages-ja manpages-ru manpages-zh dict-foldoc bible-kjv-text developers-
-reference debian-reference-zh-cn debian-reference-ja
+manpages-fr manpages-ja manpages-ru manpages-zh dict-foldoc bible-kjv-text
+developers-reference debian-reference-zh-cn debian-reference-ja
 """
 PEERS = ("rustbpe==0.1.0", "tokenizers==0.23.3", "tiktoken==0.14.0", "numpy")
 TRAIN_BYTES = 200_000_000

@@ -201,12 +201,13 @@ fn work(feed: &Feed, pattern: &Pattern) -> Result<WordCounts, PatternError> {
             }
             let bytes = text.as_bytes();
             pattern
-                .for_each_piece(text, |start, end| counts.add(bytes, start, end, 1))
+                .for_each_piece(text, |start, end| counts.note(bytes, start, end))
                 .inspect_err(|_| feed.control.stop())?;
         }
         feed.control
             .bytes
             .fetch_add(batch.size() as u64, Ordering::Relaxed);
     }
+    counts.settle();
     Ok(counts)
 }

@@ -38,13 +38,9 @@ pub fn save(path: &Path, pattern: &str, merges: &[Pair]) -> Result<(), Error> {
 
 /// Reads what [`save`] wrote: pattern and merges.
 pub fn load(path: &Path) -> Result<(String, Vec<Pair>), Error> {
-    let text = fs::read_to_string(path)?;
-    parse(&text).ok_or_else(|| {
-        Error::new(
-            ErrorKind::InvalidData,
-            format!("{} is no rustbpe vocabulary", path.display()),
-        )
-    })
+    let text = String::from_utf8(fs::read(path)?).ok();
+    text.and_then(|text| parse(&text))
+        .ok_or_else(|| Error::new(ErrorKind::InvalidData, "no rustbpe vocabulary"))
 }
 
 fn parse(text: &str) -> Option<(String, Vec<Pair>)> {

@@ -5,6 +5,7 @@
 //! * A tokenizer changes only when training succeeds, in one step; other threads may encode
 //!   with it meanwhile.
 
+use std::fmt::Display;
 use std::io;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -15,9 +16,11 @@ use std::thread;
 use std::time::Duration;
 
 use pyo3::exceptions::{PyUnicodeDecodeError, PyValueError};
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyByteArray, PyBytes, PyDict, PyIterator, PyString};
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyByteArray, PyBytes, PyDict, PyInt, PyIterator, PyList, PyString};
 
 use crate::batch::Encoded;
 use crate::control::Control;
@@ -108,15 +111,39 @@ impl Watch<'_, '_> {
     }
 }
 
+/// What training makes.
+struct Trained {
+    encoder: Encoder,
+    /// The ids as Python objects, made on first use: lists of ids share them.
+    ids: PyOnceLock<Vec<Py<PyInt>>>,
+}
+
+impl Trained {
+    fn new(encoder: Encoder) -> Trained {
+        Trained {
+            encoder,
+            ids: PyOnceLock::new(),
+        }
+    }
+
+    fn list<'py>(&self, py: Python<'py>, ids: &[u32]) -> PyResult<Bound<'py, PyList>> {
+        let size = self.encoder.vocab().size();
+        let objects = self.ids.get_or_init(py, || {
+            (0..size).map(|id| PyInt::new(py, id).unbind()).collect()
+        });
+        PyList::new(py, ids.iter().map(|&id| &objects[id as usize]))
+    }
+}
+
 /// A byte pair encoding tokenizer.
 #[pyclass(frozen, module = "rustbpe")]
 pub struct Tokenizer {
-    encoder: RwLock<Arc<Encoder>>,
+    trained: RwLock<Arc<Trained>>,
 }
 
 impl Tokenizer {
-    fn encoder(&self) -> Arc<Encoder> {
-        self.encoder
+    fn trained(&self) -> Arc<Trained> {
+        self.trained
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
@@ -134,7 +161,8 @@ impl Tokenizer {
             train(words, vocab_size, watch.control)
         })??;
         let encoder = Encoder::new(pattern, Vocab::new(merges)?);
-        *self.encoder.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(encoder);
+        let trained = Arc::new(Trained::new(encoder));
+        *self.trained.write().unwrap_or_else(PoisonError::into_inner) = trained;
         Ok(())
     }
 }
@@ -145,7 +173,7 @@ impl Tokenizer {
     fn new() -> Tokenizer {
         let encoder = Encoder::new(Pattern::default(), Vocab::default());
         Tokenizer {
-            encoder: RwLock::new(Arc::new(encoder)),
+            trained: RwLock::new(Arc::new(Trained::new(encoder))),
         }
     }
 
@@ -155,7 +183,7 @@ impl Tokenizer {
     fn from_merges(merges: Vec<Pair>, pattern: &str) -> PyResult<Tokenizer> {
         let encoder = Encoder::new(Pattern::new(pattern)?, Vocab::new(merges)?);
         Ok(Tokenizer {
-            encoder: RwLock::new(Arc::new(encoder)),
+            trained: RwLock::new(Arc::new(Trained::new(encoder))),
         })
     }
 
@@ -243,45 +271,48 @@ impl Tokenizer {
 
     /// Writes pattern and merges as one file, atomically.
     fn save(&self, path: PathBuf) -> PyResult<()> {
-        let encoder = self.encoder();
-        Ok(file::save(
-            &path,
-            encoder.pattern().source(),
-            encoder.vocab().merges(),
-        )?)
+        let Trained { encoder, .. } = &*self.trained();
+        let (pattern, vocab) = (encoder.pattern(), encoder.vocab());
+        Ok(file::save(&path, pattern.source(), vocab.merges())?)
     }
 
     /// The tokenizer that `save` wrote.
     #[staticmethod]
     fn load(path: PathBuf) -> PyResult<Tokenizer> {
+        let strange =
+            |reason: &dyn Display| PyValueError::new_err(format!("{}: {reason}", path.display()));
         let (pattern, merges) = file::load(&path).map_err(|error| match error.kind() {
-            io::ErrorKind::InvalidData => PyValueError::new_err(error.to_string()),
+            io::ErrorKind::InvalidData => strange(&error),
             // Of the kind's own class: FileNotFoundError, PermissionError, …
             kind => io::Error::new(kind, format!("{}: {error}", path.display())).into(),
         })?;
-        Tokenizer::from_merges(merges, &pattern)
+        let pattern = Pattern::new(&pattern).map_err(|error| strange(&error))?;
+        let vocab = Vocab::new(merges).map_err(|error| strange(&error))?;
+        Ok(Tokenizer {
+            trained: RwLock::new(Arc::new(Trained::new(Encoder::new(pattern, vocab)))),
+        })
     }
 
     /// The split pattern; empty before training.
     fn get_pattern(&self) -> String {
-        self.encoder().pattern().source().to_owned()
+        self.trained().encoder.pattern().source().to_owned()
     }
 
     /// 256 + the number of merges.
     #[getter]
     fn vocab_size(&self) -> u32 {
-        self.encoder().vocab().size()
+        self.trained().encoder.vocab().size()
     }
 
     /// The merges in order, as pairs of token ids.
     fn get_merges(&self) -> Vec<Pair> {
-        self.encoder().vocab().merges().to_vec()
+        self.trained().encoder.vocab().merges().to_vec()
     }
 
     /// Every token's bytes and id, by id.
     fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, u32)> {
-        let encoder = self.encoder();
-        let vocab = encoder.vocab();
+        let trained = self.trained();
+        let vocab = trained.encoder.vocab();
         let token = |id| vocab.token(id).expect("ids below the size are tokens");
         (0..vocab.size())
             .map(|id| (PyBytes::new(py, token(id)), id))
@@ -289,29 +320,31 @@ impl Tokenizer {
     }
 
     /// The ids of a text.
-    fn encode(&self, py: Python<'_>, text: PyBackedStr) -> PyResult<Vec<u32>> {
-        let encoder = self.encoder();
-        if text.len() <= BATCH_BYTES {
-            return py.detach(|| {
+    fn encode<'py>(&self, py: Python<'py>, text: PyBackedStr) -> PyResult<Bound<'py, PyList>> {
+        let trained = self.trained();
+        let encoder = &trained.encoder;
+        let ids = if text.len() <= BATCH_BYTES {
+            py.detach(|| {
                 let mut ids = Vec::with_capacity(text.len() / 3 + 8);
-                encoder.encode(&text, &mut ids)?;
-                Ok(ids)
-            });
-        }
-        Ok(encode_watched(py, &encoder, &[text], None, 1)?
-            .runs
-            .concat())
+                encoder.encode(&text, &mut ids).map(|()| ids)
+            })?
+        } else {
+            encode_watched(py, encoder, &[text], None, 1)?.runs.concat()
+        };
+        trained.list(py, &ids)
     }
 
     /// The ids of each text, on all processors.
-    fn batch_encode(&self, py: Python<'_>, texts: Vec<PyBackedStr>) -> PyResult<Vec<Vec<u32>>> {
-        let encoded = encode_watched(py, &self.encoder(), &texts, None, check_threads(None)?)?;
+    fn batch_encode<'py>(
+        &self,
+        py: Python<'py>,
+        texts: Vec<PyBackedStr>,
+    ) -> PyResult<Vec<Bound<'py, PyList>>> {
+        let trained = self.trained();
+        let encoded = encode_watched(py, &trained.encoder, &texts, None, check_threads(None)?)?;
         let ids = encoded.runs.concat();
-        Ok(encoded
-            .offsets
-            .windows(2)
-            .map(|two| ids[two[0]..two[1]].to_vec())
-            .collect())
+        let one = |two: &[usize]| trained.list(py, &ids[two[0]..two[1]]);
+        encoded.offsets.windows(2).map(one).collect()
     }
 
     /// The ids of all texts as one int32 array, and an int64 array of where each text starts.
@@ -324,13 +357,13 @@ impl Tokenizer {
         prefix: Option<u32>,
     ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
         let threads = check_threads(num_threads)?;
-        let encoded = encode_watched(py, &self.encoder(), &texts, prefix, threads)?;
+        let encoded = encode_watched(py, &self.trained().encoder, &texts, prefix, threads)?;
         Ok((ids_array(py, &encoded)?, offsets_array(py, &encoded)?))
     }
 
     /// Number of ids of a text.
     fn count_tokens(&self, py: Python<'_>, text: PyBackedStr) -> PyResult<usize> {
-        Ok(encode_watched(py, &self.encoder(), &[text], None, 1)?.len())
+        Ok(encode_watched(py, &self.trained().encoder, &[text], None, 1)?.len())
     }
 
     /// The text of some ids.
@@ -354,7 +387,7 @@ impl Tokenizer {
 impl Tokenizer {
     fn bytes_of(&self, ids: &[u32]) -> PyResult<Vec<u8>> {
         let unknown = |id| PyValueError::new_err(format!("Unknown token id: {id}"));
-        self.encoder().vocab().decode(ids).map_err(unknown)
+        self.trained().encoder.vocab().decode(ids).map_err(unknown)
     }
 }
 
@@ -386,9 +419,18 @@ fn feed_from_iterator(
     let mut batch = Batch::default();
     for text in texts {
         let text = text?.cast_into::<PyString>()?;
-        // A fresh object: asking the str for its UTF-8 would leave a copy inside it for good.
-        let utf8 = text.encode_utf8()?;
-        let utf8 = std::str::from_utf8(utf8.as_bytes()).expect("UTF-8 was asked for");
+        // ASCII is its own UTF-8. Of other text a fresh object is made: asking the str for its
+        // UTF-8 would leave a copy inside it for good.
+        let encoded;
+        let utf8 = if text
+            .call_method0(intern!(watch.py, "isascii"))?
+            .is_truthy()?
+        {
+            text.to_str()?
+        } else {
+            encoded = text.encode_utf8()?;
+            std::str::from_utf8(encoded.as_bytes()).expect("UTF-8 was asked for")
+        };
         for part in pattern.parts(utf8, BATCH_BYTES) {
             batch.push(part);
             let full = batch.is_full() || batch.len() >= buffer_size;

@@ -16,6 +16,7 @@ use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 
 use crate::count::{BATCH_BYTES, Batch, Feed};
+use crate::ops;
 use crate::pattern::{Pattern, PatternError};
 
 /// Rows decoded at a time.
@@ -157,6 +158,7 @@ impl Reader<'_, '_> {
                 .take(wanted as u64)
                 .read_to_end(&mut bytes)
                 .map_err(failed)?;
+            ops::count(bytes.len());
             let text = valid_prefix(&bytes, got == 0)
                 .map_err(|at| not_utf8(path, String::new(), before + at))?;
             let end = if got == 0 {

@@ -6,29 +6,32 @@
 //!
 //! * All distinct words lie in one flat array of cells with walls between them. A token carries
 //!   its id in its first and its last cell, so both neighbours of a merge are found by looking.
-//! * A pair comes into being in one step only, the one that makes its younger token; later its
-//!   count only falls. So its positions are a list written once, ascending, and a heap entry
-//!   with too high a count is corrected when it reaches the top.
-//! * Changes of a step are summed per neighbour in arrays indexed by token id; the table of
-//!   pairs is touched once per distinct neighbour, not once per occurrence.
+//! * A pair comes into being in one step only, the one that makes its younger token. So its
+//!   positions are a list written once, ascending.
+//! * Changes of a step are summed per neighbour; the table of pairs is touched once per distinct
+//!   neighbour, not once per occurrence.
+//! * What is slow is waiting for memory, so what is needed soon is asked for ahead.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
 use std::fmt;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 use crate::control::Control;
+use crate::ops;
+pub use crate::pairs::Pair;
+use crate::pairs::Pairs;
+use crate::prefetch::prefetch;
 use crate::words::WordCounts;
-
-/// Two adjacent token ids.
-pub type Pair = (u32, u32);
 
 /// Number of single-byte tokens; the first merge makes this id.
 pub const NUM_BYTES: u32 = 256;
 
 const WALL: u32 = u32::MAX;
 const HOLE: u32 = u32::MAX - 1;
+/// How many occurrences ahead of a merge its cells are fetched.
+const AHEAD: usize = 24;
+/// Says that there is no neighbour.
+const NONE: u32 = u32::MAX;
 
 /// Why there are no merges.
 #[derive(Debug, PartialEq, Eq)]
@@ -67,72 +70,63 @@ struct Cell {
     weight: u32,
 }
 
-struct PairInfo {
-    pair: Pair,
-    count: u64,
-    /// Where the left tokens start, as a range of the pool.
-    positions: Range<usize>,
-}
-
 /// What one step changes at the pairs with one neighbour.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct Change {
+    neighbour: u32,
     weight: u64,
     occurrences: usize,
     /// Where the next position of the new pair goes in the pool.
     cursor: usize,
 }
 
-/// The changes of one step on one side of the new token, by neighbour.
+/// The changes of one step on one side of the new token.
 struct Side {
     changes: Vec<Change>,
-    touched: Vec<u32>,
+    /// Where each neighbour's change is; [`NONE`] for other tokens.
+    change_of: Vec<u32>,
 }
 
 impl Side {
     fn new(vocab_size: usize) -> Side {
         Side {
-            changes: vec![Change::default(); vocab_size],
-            touched: Vec::new(),
+            changes: Vec::new(),
+            change_of: vec![NONE; vocab_size],
         }
     }
 
-    fn add(&mut self, neighbour: u32, weight: u32) {
-        let change = &mut self.changes[neighbour as usize];
-        if change.occurrences == 0 {
-            self.touched.push(neighbour);
+    /// Adds an occurrence, and gives the index of its change.
+    #[inline]
+    fn add(&mut self, neighbour: u32, weight: u32) -> u32 {
+        let index = &mut self.change_of[neighbour as usize];
+        if *index == NONE {
+            *index = self.changes.len() as u32;
+            self.changes.push(Change {
+                neighbour,
+                weight: 0,
+                occurrences: 0,
+                cursor: 0,
+            });
         }
+        let change = &mut self.changes[*index as usize];
         change.weight += u64::from(weight);
         change.occurrences += 1;
+        *index
     }
 
     fn clear(&mut self) {
-        for neighbour in self.touched.drain(..) {
-            self.changes[neighbour as usize] = Change::default();
+        for change in self.changes.drain(..) {
+            self.change_of[change.neighbour as usize] = NONE;
         }
     }
 }
 
-#[derive(Default)]
-struct PairHasher(u64);
-
-impl Hasher for PairHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, _: &[u8]) {
-        unreachable!("pairs are hashed as one u64");
-    }
-    fn write_u64(&mut self, pair: u64) {
-        let product = u128::from(pair ^ 0x9e37_79b9_7f4a_7c15) * 0xd6e8_feb8_6659_fd93_u128;
-        self.0 = product as u64 ^ (product >> 64) as u64;
-    }
-}
-
-type PairIndex = HashMap<u64, u32, BuildHasherDefault<PairHasher>>;
-
-fn pack((left, right): Pair) -> u64 {
-    u64::from(left) << 32 | u64::from(right)
+/// Where a new token starts, and the indices of the changes that its neighbours make.
+#[derive(Clone, Copy)]
+struct Merged {
+    at: u32,
+    left: u32,
+    right: u32,
 }
 
 /// Learns up to `vocab_size - 256` merges; merge i makes token 256 + i. Fewer when no pair is
@@ -155,9 +149,7 @@ pub fn train(
             break;
         };
         merges.push(pair);
-        control
-            .merges
-            .store(merges.len() as u64, std::sync::atomic::Ordering::Relaxed);
+        control.merges.store(merges.len() as u64, Ordering::Relaxed);
     }
     Ok(merges)
 }
@@ -197,14 +189,17 @@ struct Trainer {
     cells: Vec<Cell>,
     /// Length in bytes of every token so far.
     token_len: Vec<u32>,
-    pairs: Vec<PairInfo>,
-    index: PairIndex,
-    heap: BinaryHeap<(u64, Reverse<Pair>, u32)>,
+    pairs: Pairs,
+    /// Where the left tokens of each pair start: pair n has `lens[n]` from `pool[starts[n]]` on.
     pool: Vec<u32>,
+    starts: Vec<usize>,
+    lens: Vec<u32>,
+    /// A part of the pool that is no longer needed.
+    room: Range<usize>,
     left: Side,
     right: Side,
-    /// Where this step's new tokens start.
-    merged: Vec<u32>,
+    /// This step's new tokens.
+    merged: Vec<Merged>,
 }
 
 impl Trainer {
@@ -212,10 +207,11 @@ impl Trainer {
         let mut trainer = Trainer {
             cells,
             token_len: vec![1; NUM_BYTES as usize],
-            pairs: Vec::new(),
-            index: PairIndex::default(),
-            heap: BinaryHeap::new(),
+            pairs: Pairs::default(),
             pool: Vec::new(),
+            starts: Vec::new(),
+            lens: Vec::new(),
+            room: 0..0,
             left: Side::new(vocab_size),
             right: Side::new(vocab_size),
             merged: Vec::new(),
@@ -226,86 +222,74 @@ impl Trainer {
 
     /// All pairs of the untouched words.
     fn find_byte_pairs(&mut self) {
-        let mut table = vec![Change::default(); 1 << 16];
+        ops::count(2 * self.cells.len());
+        let mut weights = vec![0u64; 1 << 16];
+        let mut cursors = vec![0usize; 1 << 16];
         let slot = |left: Cell, right: Cell| {
             (left.id < NUM_BYTES && right.id < NUM_BYTES)
                 .then_some((left.id << 8 | right.id) as usize)
         };
         for two in self.cells.windows(2) {
             if let Some(i) = slot(two[0], two[1]) {
-                table[i].weight += u64::from(two[0].weight);
-                table[i].occurrences += 1;
+                weights[i] += u64::from(two[0].weight);
+                cursors[i] += 1;
             }
         }
-        for (i, change) in table
-            .iter_mut()
-            .enumerate()
-            .filter(|(_, c)| c.occurrences > 0)
-        {
-            change.cursor = self.insert((i as u32 >> 8, i as u32 & 0xff), *change);
+        for (i, cursor) in cursors.iter_mut().enumerate().filter(|(_, n)| **n > 0) {
+            *cursor = self.insert((i as u32 >> 8, i as u32 & 0xff), weights[i], *cursor);
         }
-        for at in 0..self.cells.len() - 1 {
-            if let Some(i) = slot(self.cells[at], self.cells[at + 1]) {
-                self.pool[table[i].cursor] = at as u32;
-                table[i].cursor += 1;
+        for (at, two) in self.cells.windows(2).enumerate() {
+            if let Some(i) = slot(two[0], two[1]) {
+                self.pool[cursors[i]] = at as u32;
+                cursors[i] += 1;
             }
         }
     }
 
     /// Registers a new pair, and reserves room for its positions. Gives where that starts.
-    fn insert(&mut self, pair: Pair, change: Change) -> usize {
-        let start = self.pool.len();
-        let end = start + change.occurrences;
-        self.pool.resize(end, 0);
-        let number = self.pairs.len() as u32;
-        self.pairs.push(PairInfo {
-            pair,
-            count: change.weight,
-            positions: start..end,
-        });
-        self.index.insert(pack(pair), number);
-        self.heap.push((change.weight, Reverse(pair), number));
+    fn insert(&mut self, pair: Pair, weight: u64, occurrences: usize) -> usize {
+        let number = self.pairs.insert(pair, weight);
+        debug_assert_eq!(number as usize, self.starts.len());
+        let start;
+        if occurrences <= self.room.len() {
+            start = self.room.start;
+            self.room.start += occurrences;
+        } else {
+            start = self.pool.len();
+            self.pool.resize(start + occurrences, 0);
+        }
+        self.starts.push(start);
+        self.lens.push(occurrences as u32);
         start
     }
 
     /// Takes the best pair and merges it into `new_id`. None if no pair is left.
     fn step(&mut self, new_id: u32) -> Option<Pair> {
-        let number = self.best()?;
-        let PairInfo {
-            pair,
-            ref positions,
-            ..
-        } = self.pairs[number as usize];
-        let positions = positions.clone();
-        self.index.remove(&pack(pair));
-        self.merge(pair, new_id, positions);
-        self.sum_changes(pair, new_id);
-        self.add_new_pairs(pair, new_id);
+        let (pair, number) = self.pairs.pop()?;
+        let start = self.starts[number as usize];
+        let positions = start..start + self.lens[number as usize] as usize;
+        ops::count(positions.len());
+        self.merge(pair, new_id, positions.clone());
+        self.room = positions;
+        self.replace_pairs(pair, new_id);
+        self.place_new_pairs();
         self.left.clear();
         self.right.clear();
         Some(pair)
     }
 
-    fn best(&mut self) -> Option<u32> {
-        loop {
-            let (count, pair, number) = self.heap.pop()?;
-            let current = self.pairs[number as usize].count;
-            if current == count {
-                return Some(number);
-            }
-            if current > 0 {
-                self.heap.push((current, pair, number));
-            }
-        }
-    }
-
-    /// Writes `new_id` over every occurrence of `pair`; where it did goes to `merged`.
+    /// Writes `new_id` over every occurrence of `pair`, and adds up how the pairs change.
     fn merge(&mut self, (a, b): Pair, new_id: u32, positions: Range<usize>) {
         let left_len = self.token_len[a as usize] as usize;
         let len = left_len + self.token_len[b as usize] as usize;
         self.token_len.push(len as u32);
         self.merged.clear();
-        for &position in &self.pool[positions] {
+        let mut between = 0;
+        let positions = &self.pool[positions];
+        for (i, &position) in positions.iter().enumerate() {
+            if let Some(&later) = positions.get(i + AHEAD) {
+                prefetch(&self.cells, later as usize);
+            }
             let at = position as usize;
             // A position is out of date when its token has become part of a longer one. Tokens
             // only grow, and one that starts at `at` with `a`'s length cannot end there, so
@@ -316,70 +300,82 @@ impl Trainer {
             self.cells[at + left_len].id = HOLE;
             self.cells[at].id = new_id;
             self.cells[at + len - 1].id = new_id;
-            self.merged.push(position);
-        }
-    }
-
-    /// Adds up, per neighbour of the tokens just made, how the pairs with it change.
-    fn sum_changes(&mut self, (a, b): Pair, new_id: u32) {
-        let len = self.token_len[new_id as usize] as usize;
-        let mut between = 0;
-        for &position in &self.merged {
-            let at = position as usize;
             let weight = self.cells[at].weight;
+            let mut merged = Merged {
+                at: position,
+                left: NONE,
+                right: NONE,
+            };
             let left = self.cells[at - 1].id;
             if left != WALL {
-                self.left.add(left, weight);
+                merged.left = self.left.add(left, weight);
+                if left == new_id {
+                    between += u64::from(weight);
+                }
             }
-            if left == new_id {
-                between += u64::from(weight);
-            }
-            // Between two new tokens there is one pair: the right one's left one.
             let right = self.cells[at + len].id;
-            if right != WALL && right != new_id {
-                self.right.add(right, weight);
+            // Between two new tokens there is one pair: the right one's left one.
+            let merges_next = right == a && self.cells[at + len + left_len].id == b;
+            if right != WALL && !merges_next {
+                merged.right = self.right.add(right, weight);
             }
+            self.merged.push(merged);
         }
-        self.subtract((b, a), between);
+        if a != b && between > 0 {
+            self.pairs.subtract((b, a), between);
+        }
     }
 
-    fn subtract(&mut self, pair: Pair, weight: u64) {
-        if let Some(&number) = self.index.get(&pack(pair)) {
-            self.pairs[number as usize].count -= weight;
+    /// Takes the pairs of the merged tokens with their neighbours off the counts, and adds those
+    /// of the new token.
+    fn replace_pairs(&mut self, (a, b): Pair, new_id: u32) {
+        for &Change { neighbour, .. } in &self.left.changes {
+            self.pairs.expect((neighbour, a));
+            self.pairs.expect((neighbour, new_id));
+        }
+        for i in 0..self.left.changes.len() {
+            let Change {
+                neighbour,
+                weight,
+                occurrences,
+                ..
+            } = self.left.changes[i];
+            // The pair of two equal tokens may be its own neighbour, and is merged already.
+            if neighbour != new_id && (neighbour, a) != (a, b) {
+                self.pairs.subtract((neighbour, a), weight);
+            }
+            self.left.changes[i].cursor = self.insert((neighbour, new_id), weight, occurrences);
+        }
+        for &Change { neighbour, .. } in &self.right.changes {
+            self.pairs.expect((b, neighbour));
+            self.pairs.expect((new_id, neighbour));
+        }
+        for i in 0..self.right.changes.len() {
+            let Change {
+                neighbour,
+                weight,
+                occurrences,
+                ..
+            } = self.right.changes[i];
+            if (b, neighbour) != (a, b) {
+                self.pairs.subtract((b, neighbour), weight);
+            }
+            self.right.changes[i].cursor = self.insert((new_id, neighbour), weight, occurrences);
         }
     }
 
-    /// Replaces the pairs of the merged tokens' neighbours by those of the new token.
-    fn add_new_pairs(&mut self, (a, b): Pair, new_id: u32) {
-        for i in 0..self.left.touched.len() {
-            let neighbour = self.left.touched[i];
-            let change = self.left.changes[neighbour as usize];
-            if neighbour != new_id {
-                self.subtract((neighbour, a), change.weight);
+    /// Notes where the new pairs are.
+    fn place_new_pairs(&mut self) {
+        for &Merged { at, left, right } in &self.merged {
+            if left != NONE {
+                let change = &mut self.left.changes[left as usize];
+                self.pool[change.cursor] = at - self.token_len[change.neighbour as usize];
+                change.cursor += 1;
             }
-            let start = self.insert((neighbour, new_id), change);
-            self.left.changes[neighbour as usize].cursor = start;
-        }
-        for i in 0..self.right.touched.len() {
-            let neighbour = self.right.touched[i];
-            let change = self.right.changes[neighbour as usize];
-            self.subtract((b, neighbour), change.weight);
-            let start = self.insert((new_id, neighbour), change);
-            self.right.changes[neighbour as usize].cursor = start;
-        }
-        let len = self.token_len[new_id as usize];
-        for &at in &self.merged {
-            let left = self.cells[at as usize - 1].id;
-            if left != WALL {
-                let cursor = &mut self.left.changes[left as usize].cursor;
-                self.pool[*cursor] = at - self.token_len[left as usize];
-                *cursor += 1;
-            }
-            let right = self.cells[(at + len) as usize].id;
-            if right != WALL && right != new_id {
-                let cursor = &mut self.right.changes[right as usize].cursor;
-                self.pool[*cursor] = at;
-                *cursor += 1;
+            if right != NONE {
+                let change = &mut self.right.changes[right as usize];
+                self.pool[change.cursor] = at;
+                change.cursor += 1;
             }
         }
     }

@@ -5,13 +5,18 @@
 //! * Longer words live in one arena; their key is a 64-bit hash and an index.
 //! * Memory depends on the distinct words, not on the text.
 
-use std::hash::{BuildHasher, RandomState};
+use std::hash::{BuildHasher, BuildHasherDefault, Hasher, RandomState};
 use std::sync::LazyLock;
+
+use crate::ops;
+use crate::prefetch::prefetch;
 
 /// The longest word that fits into a key.
 pub const MAX_INLINE: usize = 15;
 const LONG: u64 = 0xff << 56;
 const INITIAL_SLOTS: usize = 1 << 12;
+/// Words that are counted together.
+const NOTED: usize = 32;
 
 /// Hash keys, random per process, so that no text can be made to collide on purpose. Nothing
 /// that leaves this module depends on them.
@@ -81,6 +86,26 @@ pub fn hash_bytes(word: &[u8]) -> u64 {
     fold(state ^ u64::from_le_bytes(last), a ^ b)
 }
 
+/// [`hash_bytes`] for the maps of the standard library.
+#[derive(Default)]
+pub struct WordHasher(u64);
+
+pub type WordHash = BuildHasherDefault<WordHasher>;
+
+impl Hasher for WordHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        self.0 ^= hash_bytes(bytes);
+    }
+
+    fn write_usize(&mut self, _: usize) {
+        // The length of a slice, which `hash_bytes` sees.
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
 #[derive(Clone, Copy)]
 struct Slot {
     key: Key,
@@ -97,6 +122,9 @@ const FREE: Slot = Slot {
 pub struct WordCounts {
     slots: Vec<Slot>,
     used: usize,
+    /// Words to be counted, whose slots are on their way from memory.
+    noted: [(Key, u64); NOTED],
+    num_noted: usize,
     arena: Vec<u8>,
     /// Where each long word lies in the arena.
     long: Vec<(usize, usize)>,
@@ -107,6 +135,8 @@ impl Default for WordCounts {
         WordCounts {
             slots: vec![FREE; INITIAL_SLOTS],
             used: 0,
+            noted: [(FREE.key, 0); NOTED],
+            num_noted: 0,
             arena: Vec::new(),
             long: Vec::new(),
         }
@@ -134,6 +164,32 @@ impl WordCounts {
         }
     }
 
+    /// Counts `text[start..end]` once more, at the latest with the next [`Self::settle`].
+    #[inline(always)]
+    pub fn note(&mut self, text: &[u8], start: usize, end: usize) {
+        if end - start > MAX_INLINE {
+            self.add_long(&text[start..end], 1);
+            return;
+        }
+        let key = Key::inline(text, start, end);
+        let hash = key.hash();
+        prefetch(&self.slots, hash as usize & (self.slots.len() - 1));
+        self.noted[self.num_noted] = (key, hash);
+        self.num_noted += 1;
+        if self.num_noted == NOTED {
+            self.settle();
+        }
+    }
+
+    /// Counts the words that are only noted.
+    pub fn settle(&mut self) {
+        let noted = self.noted;
+        for &(key, hash) in &noted[..self.num_noted] {
+            self.add_key(key, hash, 1);
+        }
+        self.num_noted = 0;
+    }
+
     #[inline]
     fn add_key(&mut self, key: Key, hash: u64, count: u64) {
         let mask = self.slots.len() - 1;
@@ -150,11 +206,13 @@ impl WordCounts {
                 self.grow_if_full();
                 return;
             }
+            ops::count(1);
             at = (at + 1) & mask;
         }
     }
 
     fn add_long(&mut self, word: &[u8], count: u64) {
+        ops::count(word.len());
         let hash = hash_bytes(word);
         let mask = self.slots.len() - 1;
         let mut at = hash as usize & mask;

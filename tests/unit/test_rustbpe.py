@@ -352,6 +352,38 @@ def test_save_and_load(tmp_path: Path) -> None:
     loaded = rustbpe.Tokenizer.load(tmp_path / "vocabulary")
     assert loaded.get_mergeable_ranks() == tokenizer.get_mergeable_ranks()
     assert loaded.get_pattern() == PATTERN
-    (tmp_path / "vocabulary").write_text("something else")
-    with pytest.raises(ValueError, match="no rustbpe vocabulary"):
-        rustbpe.Tokenizer.load(tmp_path / "vocabulary")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "no rustbpe vocabulary"),
+        (b"something else", "no rustbpe vocabulary"),
+        (b"\x7fELF\x02\xff\x00", "no rustbpe vocabulary"),
+        (b"rustbpe vocabulary 2\npattern 1\na\nmerges 0\n", "no rustbpe vocabulary"),
+        (b"rustbpe vocabulary 1\npattern 9\na\nmerges 0\n", "no rustbpe vocabulary"),
+        (b"rustbpe vocabulary 1\npattern 1\na\nmerges 2\n104 105\n", "no rustbpe vocabulary"),
+        (b"rustbpe vocabulary 1\npattern 1\na\nmerges 1\n104 x\n", "no rustbpe vocabulary"),
+        (b"rustbpe vocabulary 1\npattern 1\na\nmerges 1\n104 900\n", "merge 0"),
+        (b"rustbpe vocabulary 1\npattern 1\na\nmerges 2\n1 2\n1 2\n", "merge 1"),
+        (b"rustbpe vocabulary 1\npattern 1\n(\nmerges 0\n", "Invalid regex"),
+    ],
+)
+def test_a_strange_file_is_refused(content: bytes, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "vocabulary"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=reason) as refused:
+        rustbpe.Tokenizer.load(path)
+    assert str(path) in str(refused.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        rustbpe.Tokenizer.load(tmp_path / "nowhere")
+
+
+def test_a_text_that_the_regex_gives_up_on_leaves_nothing_behind() -> None:
+    tokenizer = rustbpe.Tokenizer.from_merges([(97, 98)], r"x|y|(a|aa)+\1z")
+    with pytest.raises(ValueError, match="Regex failed"):
+        tokenizer.encode("xyxy" + "a" * 60)
+    assert tokenizer.encode("xx") == [120, 120]
