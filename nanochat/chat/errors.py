@@ -1,5 +1,7 @@
 """Errors in the form of OpenAI's API: the bodies, and which exception becomes which answer."""
 
+import itertools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +33,8 @@ class ApiError(Exception):
         self.body = error_body(status, message, param, code)
 
 
+TYPE_NAME = re.compile(r"str|constrained-str|list\[.*")
+"""What pydantic adds to the place of a field that may be of several types."""
 ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -73,7 +77,12 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
     if content_type.partition(";")[0].strip() != "application/json":
         return _error(415, "The content type must be application/json.")
     first = error.errors()[0]
-    param = ".".join(str(part) for part in first["loc"][1:])
+    where = [str(part) for part in first["loc"][1:]]
+    if first["type"] == "json_invalid":
+        return _error(400, f"The body is no JSON: {first['ctx']['error']} at {where[0]}.")
+    if not where and first["type"] == "missing":
+        return _error(400, "The body is missing.")
+    param = ".".join(itertools.takewhile(lambda part: not TYPE_NAME.fullmatch(part), where))
     return _error(400, f"{param}: {first['msg']}" if param else first["msg"], param or None)
 
 

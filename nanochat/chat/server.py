@@ -122,8 +122,9 @@ class Server:
 
     def _add_routes(self) -> None:
         get, post = self.app.get, self.app.post
-        get("/", response_class=HTMLResponse)(self.page)
-        get("/health")(self.health)
+        route = self.app.api_route
+        route("/", methods=["GET", "HEAD"], response_class=HTMLResponse)(self.page)
+        route("/health", methods=["GET", "HEAD"])(self.health)
         get("/metrics")(self.show_metrics)
         get("/v1/models")(self.list_models)
         get("/v1/models/{model_id:path}")(self.show_model)

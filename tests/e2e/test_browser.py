@@ -123,6 +123,26 @@ def test_a_chat_is_held_and_kept(page: Page, url: str) -> None:
     expect(page.locator("#chats li")).to_have_count(1)
 
 
+def test_two_tabs_keep_each_others_chats(page: Page, url: str) -> None:
+    other = page.context.new_page()
+    for tab in (page, other):
+        tab.goto(url)
+    greedy(page)
+    say(page, "Who are you?")
+    expect(answers(page)).to_have_text("A tiny model, très petit.")
+    expect(other.locator("#chats li")).to_have_count(2)  # theirs, and the empty one shown here
+    expect(other.locator("article")).to_have_count(0)
+    say(other, "Say hi.")  # under the other tab's settings
+    expect(answers(other)).to_have_text("hi")
+    expect(page.locator("#chats li")).to_have_count(2)
+    expect(answers(page)).to_have_text("A tiny model, très petit.")
+    page.get_by_role("button", name="Delete chat: Say hi.").click()
+    expect(other.locator("article")).to_have_count(0)
+    for tab in (page, other):
+        tab.reload()
+        expect(tab.get_by_role("button", name="Who are you?", exact=True)).to_be_visible()
+
+
 def test_markup_in_an_answer_stays_text(page: Page, url: str) -> None:
     page.goto(url)
     greedy(page)

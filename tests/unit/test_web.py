@@ -222,6 +222,7 @@ HELLO = [{"role": "user", "content": "hi"}]
         ({"messages": [*HELLO, {"role": "assistant", "content": "x"}]}, "messages"),
         ({"messages": [*HELLO, *HELLO]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": "word " * 200}]}, "messages"),
     ],
 )
@@ -250,6 +251,21 @@ def test_errors_have_one_form(
     answer = httpx.request(method, url + path, content=content, headers=headers)
     assert answer.status_code == status
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "The body is missing."), (b"{no", "The body is no JSON")]
+)
+def test_a_body_that_is_no_json_is_called_so(url: str, content: bytes, message: str) -> None:
+    headers = {"content-type": "application/json"}
+    error = httpx.post(f"{url}/v1/completions", content=content, headers=headers).json()["error"]
+    assert error["message"].startswith(message) and error["param"] is None
+
+
+def test_a_probe_may_ask_by_head(url: str) -> None:
+    for path in ("/", "/health"):
+        answer = httpx.head(url + path)
+        assert (answer.status_code, answer.content) == (200, b"")
 
 
 def test_a_large_body_without_a_declared_length_is_refused(url: str) -> None:
