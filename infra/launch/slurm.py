@@ -74,7 +74,8 @@ class Outlook:
     gpu_hours: float
     """By the plan; 0 on a CPU, as is the next one."""
     max_jobs: int
-    time: str
+    job_hours: float
+    """Wall time of a job."""
     max_hours: float
     """That jobs run at most: all of them to their end, or the budget."""
     max_gpu_hours: float
@@ -82,10 +83,12 @@ class Outlook:
     def render(self) -> str:
         """For people, on one line."""
         jobs = "1 job" if self.jobs == 1 else f"{self.jobs} jobs"
+        if self.jobs > self.max_jobs:
+            jobs += f" (more than slurm.max_jobs = {self.max_jobs} allows: launch it again then)"
         expected = f", {self.gpu_hours:.0f} GPU-hours" if self.max_gpu_hours else ""
         most = f", {self.max_gpu_hours:.0f} GPU-hours" if self.max_gpu_hours else ""
         return (
-            f"{jobs}{expected}; at most {self.max_jobs} of {self.time} each, "
+            f"{jobs}{expected}; at most {self.max_jobs} of {self.job_hours:.3g} h each, "
             f"{self.max_hours:.3g} h in all{most}"
         )
 
@@ -94,7 +97,8 @@ def outlook(spec: RunSpec, plan: Mapping[str, Any]) -> Outlook:
     """Jobs and GPU-hours of a run, by its document of `plan --json`."""
     is_cpu = plan["offer"] == "cpu" or spec.runtime.device == "cpu"
     gpus = 0 if is_cpu else int(plan["world_size"])
-    max_hours = spec.slurm.max_jobs * seconds(spec.slurm.time) / 3600
+    job_hours = seconds(spec.slurm.time) / 3600
+    max_hours = spec.slurm.max_jobs * job_hours
     if spec.budget.max_hours is not None:
         max_hours = min(max_hours, spec.budget.max_hours)
     hours = float(plan["hours"])
@@ -102,7 +106,7 @@ def outlook(spec: RunSpec, plan: Mapping[str, Any]) -> Outlook:
         jobs=num_jobs(hours, spec.slurm),
         gpu_hours=gpus * hours,
         max_jobs=spec.slurm.max_jobs,
-        time=spec.slurm.time,
+        job_hours=job_hours,
         max_hours=max_hours,
         max_gpu_hours=gpus * max_hours,
     )
@@ -237,6 +241,7 @@ def end_jobs(run_name: str, wait_s: float = END_OF_JOB_S) -> list[str]:
 def describe(run_name: str, run_dir: RunDir | None) -> dict[str, Any] | None:
     """What `status` adds for a run that SLURM has to do with: queue and chain; else None."""
     entries: Sequence[QueueEntry] = ()
+    is_unseen = shutil.which("squeue") is None  # inside the SIF: nanochat.sh has asked outside
     with contextlib.suppress(LaunchError):  # a controller that does not answer hides no run
         entries = queue(run_name)
     found = chain(run_dir) if run_dir else None
@@ -245,7 +250,7 @@ def describe(run_name: str, run_dir: RunDir | None) -> dict[str, Any] | None:
     return {
         "queue": [vars(e) for e in entries],
         "chain": found,
-        "message": "; ".join(e.render() for e in entries) or "no job of it is queued",
+        "message": "; ".join(e.render() for e in entries) or (None if is_unseen else "not queued"),
     }
 
 

@@ -26,6 +26,7 @@ export APPTAINER_CACHEDIR="$scratch/apptainer" APPTAINER_TMPDIR="$home/tmp"
 nanochat() {
   local options=(--containall --no-home --bind "$scratch" --env "NANOCHAT_HOME=$home")
   case "$PWD/" in "$scratch"/*) ;; *) options+=(--bind "$PWD") ;; esac
+  [ ! -e /dev/nvidiactl ] || options+=(--nv)                # a chat on a GPU node
   for secret in WANDB_API_KEY HF_TOKEN; do
     [ -z "${!secret:-}" ] || export "APPTAINERENV_$secret=${!secret}"   # not on a command line
   done
