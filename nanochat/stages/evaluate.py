@@ -87,13 +87,13 @@ def _fix_threads(run: RunDir, wanted: int | None, dist: Dist) -> int:
     The number of threads decides the order of a CPU's sums, so it must not follow from the number
     of ranks, as it does in training; ranks that share a CPU then share its cores too.
     """
-    file = run.path / "evaluations" / "threads.json"
-    if dist.is_main and not file.exists():
+    num_threads = wanted or (num_cores() if dist.device.type == "cpu" else 1)
+    if dist.is_main:
+        file = run.path / "evaluations" / "threads.json"
         file.parent.mkdir(exist_ok=True)
-        own = num_cores() if dist.device.type == "cpu" else 1
-        atomic_write_json(file, {"num_threads": wanted or own})
-    dist.barrier()
-    num_threads = int((read_json(file) or {})["num_threads"])
+        num_threads = (read_json(file) or {}).get("num_threads", num_threads)
+        atomic_write_json(file, {"num_threads": num_threads})
+    num_threads = dist.broadcast_flag(num_threads)
     torch.set_num_threads(num_threads)
     return num_threads
 

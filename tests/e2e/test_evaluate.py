@@ -70,6 +70,7 @@ def new_run(path: Path) -> RunDir:
 
 def start(run: RunDir, home: Path, ranks: int) -> subprocess.Popen[bytes]:
     env = {**stage_env(ranks, None), "NANOCHAT_HOME": str(home), "NANOCHAT_OFFLINE": "1"}
+    env["OMP_WAIT_POLICY"] = "passive"  # four ranks of as many threads as cores share the cores
     with open(run.log_file("evaluate"), "ab") as log:
         return subprocess.Popen(
             stage_command("evaluate", run.path, ranks), env=env, stdout=log, stderr=log
