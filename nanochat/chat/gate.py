@@ -1,8 +1,9 @@
-"""What every HTTP request passes first: host name, size, key; status count, safe headers.
+"""What every HTTP request passes first: host name, size, time, key; status count, safe headers.
 
 Plain ASGI, so that a streamed answer is not buffered on its way.
 """
 
+import asyncio
 import hmac
 import json
 from collections.abc import MutableMapping
@@ -16,6 +17,8 @@ from nanochat.chat.prometheus import ServerMetrics
 
 OPEN_PATHS = ("/", "/health")
 """Need no key: the page asks for one itself, and a probe of liveness has none."""
+BODY_TIME_LIMIT_S = 30.0
+"""A body that is not whole by then is refused with 408."""
 SAFE_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -47,11 +50,20 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        num_bytes = 0
+        num_bytes, is_whole = 0, False
+        deadline = asyncio.get_running_loop().time() + BODY_TIME_LIMIT_S
 
         async def limited_receive() -> Message:
-            nonlocal num_bytes
-            message = await receive()
+            nonlocal num_bytes, is_whole
+            if is_whole:  # from here on it only waits for the client to go
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                text = f"The request was not whole after {BODY_TIME_LIMIT_S:g} s."
+                raise HTTPException(408, text) from None
+            is_whole = not message.get("more_body", False)
             num_bytes += len(message.get("body", b""))
             if num_bytes > self.max_body_bytes:
                 # passed on by FastAPI, unlike any other exception that reading a body raises

@@ -5,7 +5,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.twin.engine import Engine
+from tests.twin.engine import Engine, wait_until
 from tests.unit.tiny_run import make_run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -23,11 +23,7 @@ def test_a_published_port_answers_and_docker_stop_ends_it_with_0(
         volumes={str(run): {"bind": "/run/tiny", "mode": "ro"}},
         ports={"8000/tcp": ("127.0.0.1", None)},
     )
-    for line in container.logs(stream=True):
-        if line.startswith(b"Serving tiny-sft (step 7)"):
-            break
-    else:
-        pytest.fail(container.logs().decode())
+    wait_until(lambda: b"Serving tiny-sft (step 7)" in container.logs(), 300, "the server")
     container.reload()
     (published,) = container.ports["8000/tcp"]
     assert published["HostIp"] == "127.0.0.1"

@@ -21,7 +21,7 @@ import pytest
 from serving import serving
 
 from nanochat.arguments import serve_parser
-from nanochat.chat import web
+from nanochat.chat import gate, web
 from nanochat.chat.server import Limits, Server
 from nanochat.engine import Engine
 from nanochat.load import load_trained
@@ -276,6 +276,15 @@ def test_a_large_body_without_a_declared_length_is_refused(url: str) -> None:
     headers = {"content-type": "application/json"}
     answer = httpx.post(f"{url}/v1/completions", content=endless(), headers=headers)
     assert answer.status_code == 413
+
+
+def test_a_body_that_does_not_come_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "BODY_TIME_LIMIT_S", 0.1)
+    host, port = url.removeprefix("http://").split(":")
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(head + b'Content-Length: 99\r\n\r\n{"prompt')
+        assert connection.recv(4000).startswith(b"HTTP/1.1 408")
 
 
 def test_the_context_and_the_model_are_checked(client: openai.OpenAI) -> None:
