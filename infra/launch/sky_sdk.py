@@ -1,6 +1,7 @@
 """SkyPilot's Python API behind the few calls of infra/launch/sky.py."""
 
 import contextlib
+import copy
 from typing import Any
 
 from infra.launch.base import LaunchError
@@ -35,7 +36,7 @@ class SkyPilot:
         return int(numbers[0] if isinstance(numbers, list) else numbers)
 
     def _task(self, task: dict[str, Any], secrets: dict[str, str]) -> Any:
-        made = self._sky.Task.from_yaml_config(task)
+        made = self._sky.Task.from_yaml_config(copy.deepcopy(task))  # it takes it apart
         if secrets:
             made.update_secrets(secrets)
         return made

@@ -173,7 +173,7 @@ def test_d20_by_sky_launch_resumes_after_its_pod_is_gone(client: Client, engine:
 
 def test_status_and_stop_are_ours_too(client: Client) -> None:
     """launch --to sky, status, stop: a checkpoint, exit code 75, nothing billed."""
-    endless = ("base_train.num_steps=100000", "budget.checkpoint_every_s=5.0", 'name="mine"')
+    endless = (*SIZE.split(), "base_train.num_steps=100000", 'name="mine"')
     budget = ("budget.max_usd=1.0", "budget.usd_per_hour=0.12")
     launch = ("nanochat", "launch", "@configs/smoke.toml", "--to", "sky", *endless, *budget)
     code, said = client(*launch, "--detach")
