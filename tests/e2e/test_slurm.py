@@ -157,6 +157,7 @@ def test_a_run_finishes_without_a_packet_to_the_outside(
 
 
 def test_status_knows_the_chain(cluster: Cluster, pair: tuple[str, str, dict[str, int]]) -> None:
+    cluster.wait_for_job(pair[0], RUN_S)
     said = cluster.nanochat("status whole")
     assert (said.exit_code, "SUCCEEDED" in said.output) == (0, True), said.output
     assert re.search(rf"jobs +1, the last is {pair[0]}", said.output), said.output

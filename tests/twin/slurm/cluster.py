@@ -194,13 +194,13 @@ class Cluster:
     def make_sif(self, image: str) -> str:
         """The SIF of an image of the engine, built by the student; its sha256."""
         archive = f"{SCRATCH}/image.tar"
-        saved = subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE)
-        copied = subprocess.run(
-            ["docker", "exec", "-i", "-u", USER, self.nodes["login"].id]
-            + ["sh", "-c", f"cat > {archive}"],
-            stdin=saved.stdout,
-        )
-        if saved.wait() or copied.returncode:
+        with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as saved:
+            copied = subprocess.run(
+                ["docker", "exec", "-i", "-u", USER, self.nodes["login"].id]
+                + ["sh", "-c", f"cat > {archive}"],
+                stdin=saved.stdout,
+            )
+        if saved.returncode or copied.returncode:
             raise EngineError(f"{image} could not be copied to the login node")
         options = " ".join(f"'{o}'" for o in FAST_SIF)
         try:
