@@ -5,7 +5,15 @@
 [ -z "$RUNPOD_POD_ID" ] || setsid /opt/nanochat/venv/bin/python -P -m infra.deadman </dev/null &
 [ $# -gt 0 ] || set -- run @configs/smoke.toml
 # In a network of its own, loopback is nobody's: `-p` says who reaches the port. The last --host wins.
-if [ "$1" = serve ] && { [ -e /.dockerenv ] || [ -e /run/.containerenv ]; }; then
+# There every link but lo has its other end elsewhere; one that has not is the host's (--network host).
+own_network() {
+  [ -e /.dockerenv ] || [ -e /run/.containerenv ] || return 1
+  for link in /sys/class/net/*; do
+    [ "${link##*/}" = lo ] || [ ! -e "$link/iflink" ] \
+      || [ "$(cat "$link/ifindex")" != "$(cat "$link/iflink")" ] || return 1
+  done
+}
+if [ "$1" = serve ] && own_network; then
   shift
   set -- serve --host 0.0.0.0 "$@"
 fi
