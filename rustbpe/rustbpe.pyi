@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
-from typing import TypedDict
+from typing import TypedDict, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ class Amount(TypedDict):
     chars: int
     bytes: int
 
+@final
 class Tokenizer:
     """A byte pair encoding tokenizer: 256 single-byte tokens, then one token per merge.
 
@@ -49,9 +50,10 @@ class Tokenizer:
         """Learn up to `vocab_size - 256` merges; fewer when no pair is left.
 
         `buffer_size` is the number of texts taken from Python at a time, `num_threads` None is
-        one per processor; neither changes the result. ValueError: vocab_size below 256, a pattern
-        that does not compile. TypeError: an item that is no str. UnicodeEncodeError: a lone
-        surrogate, with its position. What the iterator raises passes through.
+        one per processor (at most 256 start); neither changes the result. ValueError: vocab_size
+        below 256, a pattern that does not compile. TypeError: an item that is no str.
+        UnicodeEncodeError: a lone surrogate, with its position. What the iterator raises passes
+        through.
         """
 
     def train_from_files(

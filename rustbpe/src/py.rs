@@ -8,7 +8,7 @@
 use std::fmt::Display;
 use std::io;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -34,6 +34,8 @@ use crate::vocab::{Vocab, VocabError};
 use crate::words::WordCounts;
 
 const WAKE: Duration = Duration::from_millis(100);
+/// More are not started, whatever is asked: the result does not depend on it.
+const MAX_THREADS: usize = 256;
 
 macro_rules! value_error {
     ($($error:ty),*) => {
@@ -196,7 +198,7 @@ impl Tokenizer {
         &self,
         py: Python<'_>,
         iterator: &Bound<'_, PyAny>,
-        vocab_size: u32,
+        vocab_size: i64,
         buffer_size: usize,
         pattern: Option<&str>,
         num_threads: Option<usize>,
@@ -205,7 +207,7 @@ impl Tokenizer {
         if buffer_size == 0 {
             return Err(PyValueError::new_err("buffer_size must be at least 1"));
         }
-        check_vocab_size(vocab_size)?;
+        let vocab_size = check_vocab_size(vocab_size)?;
         let threads = check_threads(num_threads)?;
         let pattern = Pattern::new(pattern.unwrap_or(GPT4))?;
         let texts = iterator.try_iter()?;
@@ -231,7 +233,7 @@ impl Tokenizer {
         &self,
         py: Python<'py>,
         paths: Vec<PathBuf>,
-        vocab_size: u32,
+        vocab_size: i64,
         pattern: Option<&str>,
         column: &str,
         max_chars: Option<u64>,
@@ -239,7 +241,7 @@ impl Tokenizer {
         num_threads: Option<usize>,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Bound<'py, PyDict>> {
-        check_vocab_size(vocab_size)?;
+        let vocab_size = check_vocab_size(vocab_size)?;
         let threads = check_threads(num_threads)?;
         let pattern = Pattern::new(pattern.unwrap_or(GPT4))?;
         let files = Files {
@@ -273,7 +275,7 @@ impl Tokenizer {
     fn save(&self, path: PathBuf) -> PyResult<()> {
         let Trained { encoder, .. } = &*self.trained();
         let (pattern, vocab) = (encoder.pattern(), encoder.vocab());
-        Ok(file::save(&path, pattern.source(), vocab.merges())?)
+        file::save(&path, pattern.source(), vocab.merges()).map_err(|e| in_file(&path, &e))
     }
 
     /// The tokenizer that `save` wrote.
@@ -283,8 +285,7 @@ impl Tokenizer {
             |reason: &dyn Display| PyValueError::new_err(format!("{}: {reason}", path.display()));
         let (pattern, merges) = file::load(&path).map_err(|error| match error.kind() {
             io::ErrorKind::InvalidData => strange(&error),
-            // Of the kind's own class: FileNotFoundError, PermissionError, …
-            kind => io::Error::new(kind, format!("{}: {error}", path.display())).into(),
+            _ => in_file(&path, &error),
         })?;
         let pattern = Pattern::new(&pattern).map_err(|error| strange(&error))?;
         let vocab = Vocab::new(merges).map_err(|error| strange(&error))?;
@@ -391,19 +392,26 @@ impl Tokenizer {
     }
 }
 
-fn check_vocab_size(vocab_size: u32) -> Result<(), TrainError> {
-    if vocab_size < NUM_BYTES {
-        Err(TrainError::VocabTooSmall(vocab_size))
-    } else {
-        Ok(())
-    }
+/// Of the kind's own class: FileNotFoundError, PermissionError, …
+fn in_file(path: &Path, error: &io::Error) -> PyErr {
+    io::Error::new(error.kind(), format!("{}: {error}", path.display())).into()
+}
+
+fn check_vocab_size(vocab_size: i64) -> PyResult<u32> {
+    let fitting = u32::try_from(vocab_size).ok().filter(|&v| v >= NUM_BYTES);
+    fitting.ok_or_else(|| {
+        PyValueError::new_err(format!(
+            "vocab_size must be at least {NUM_BYTES} (one token per byte) and below 2**32, got \
+             {vocab_size}"
+        ))
+    })
 }
 
 /// Number of threads to use: as asked, or one per processor that this process may use.
 fn check_threads(asked: Option<usize>) -> PyResult<usize> {
     match asked {
         Some(0) => Err(PyValueError::new_err("num_threads must be at least 1")),
-        Some(threads) => Ok(threads),
+        Some(threads) => Ok(threads.min(MAX_THREADS)),
         None => Ok(thread::available_parallelism().map_or(1, usize::from)),
     }
 }

@@ -88,10 +88,10 @@ struct Side {
 }
 
 impl Side {
-    fn new(vocab_size: usize) -> Side {
+    fn new() -> Side {
         Side {
             changes: Vec::new(),
-            change_of: vec![NONE; vocab_size],
+            change_of: vec![NONE; NUM_BYTES as usize],
         }
     }
 
@@ -139,7 +139,7 @@ pub fn train(
     if vocab_size < NUM_BYTES {
         return Err(TrainError::VocabTooSmall(vocab_size));
     }
-    let mut trainer = Trainer::new(lay_out(words)?, vocab_size as usize);
+    let mut trainer = Trainer::new(lay_out(words)?);
     let mut merges = Vec::new();
     while merges.len() < (vocab_size - NUM_BYTES) as usize {
         if control.is_stopped() {
@@ -203,7 +203,7 @@ struct Trainer {
 }
 
 impl Trainer {
-    fn new(cells: Vec<Cell>, vocab_size: usize) -> Trainer {
+    fn new(cells: Vec<Cell>) -> Trainer {
         let mut trainer = Trainer {
             cells,
             token_len: vec![1; NUM_BYTES as usize],
@@ -212,8 +212,8 @@ impl Trainer {
             starts: Vec::new(),
             lens: Vec::new(),
             room: 0..0,
-            left: Side::new(vocab_size),
-            right: Side::new(vocab_size),
+            left: Side::new(),
+            right: Side::new(),
             merged: Vec::new(),
         };
         trainer.find_byte_pairs();
@@ -269,6 +269,8 @@ impl Trainer {
         let start = self.starts[number as usize];
         let positions = start..start + self.lens[number as usize] as usize;
         ops::count(positions.len());
+        self.left.change_of.push(NONE);
+        self.right.change_of.push(NONE);
         self.merge(pair, new_id, positions.clone());
         self.room = positions;
         self.replace_pairs(pair, new_id);

@@ -172,8 +172,10 @@ def test_little_or_no_text() -> None:
     for some in ([], [""], ["a"], ["a b c"]):
         assert trained(some, 300, "[a-z]").vocab_size == 256
     assert trained(["aaaa"], 1_000).get_merges() == [(97, 97), (256, 256)]
-    with pytest.raises(ValueError, match="at least 256"):
-        trained(["text"], 255)
+    assert trained(["aaaa"], 2**32 - 1).vocab_size == 258
+    for vocab_size in (255, -1, 2**32):
+        with pytest.raises(ValueError, match=f"at least 256 .* got {vocab_size}"):
+            trained(["text"], vocab_size)
     empty = rustbpe.Tokenizer()
     assert (empty.vocab_size, empty.get_pattern(), empty.encode("x")) == (256, "", [])
     ids, offsets = trained(["aa"], 257).encode_batch([])
@@ -380,6 +382,8 @@ def test_a_strange_file_is_refused(content: bytes, reason: str, tmp_path: Path) 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         rustbpe.Tokenizer.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        rustbpe.Tokenizer().save(tmp_path / "nowhere" / "vocabulary")
 
 
 def test_a_text_that_the_regex_gives_up_on_leaves_nothing_behind() -> None:
