@@ -1,7 +1,7 @@
 """The SLURM path on a real cluster in containers: Apptainer, munge, jobs that end and go on.
 
-The first two points (a run without network; a wall time shorter than the run) are in `make e2e`, on
-the toy run; the others are long. The SIF is made of an image that this session builds. With
+All are long: the image, its SIF and three nodes come first, which took 20 minutes at a load of 25
+and is not measured on an idle machine. The SIF is made of an image that this session builds. With
 NANOCHAT_CLUSTER=try the cluster that `make cluster` has started is used, and left.
 """
 
