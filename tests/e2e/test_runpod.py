@@ -20,6 +20,8 @@ from tests.twin.runpod.venv import cloud_bin
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(1800)]
 
 RUN = "/workspace/nanochat/runs/e2e"
+TRAINS_ONLY = ("base_train.num_steps=400", "base_train.eval_every_steps=400")
+"""An evaluation has an allowance of its own, a quarter of an hour."""
 START_S = 400.0
 """A toy run on two cores that others use too."""
 
@@ -206,7 +208,7 @@ def test_a_stopped_supervisor_cannot_spend_more(client: Client, engine: Engine) 
 def test_a_stopped_trainer_is_ended_and_continued(client: Client, engine: Engine) -> None:
     """SIGSTOP of the trainer: within `runtime.hang_s` it is ended, and the run goes to its end."""
     process = client.start(
-        *client.launch("runtime.hang_s=10.0", "base_train.num_steps=400", "budget.max_usd=1.0")
+        *client.launch("runtime.hang_s=10.0", "budget.max_usd=1.0", *TRAINS_ONLY)
     )
 
     def trains() -> bool:
@@ -216,8 +218,7 @@ def test_a_stopped_trainer_is_ended_and_continued(client: Client, engine: Engine
     client.wait_for(trains, process, "a run")
     container = client.pod().container
     assert container is not None
-    stop = "pkill -STOP -f nanochat.stages.base_train"
-    client.cloud.engine.run(container, "sh", "-c", stop)
+    client.cloud.engine.run(container, "pkill", "-STOP", "-f", "nanochat[.]stages.base_train")
     output = process.communicate(timeout=1500)[0]
     assert process.returncode == 0, output
     assert "gave no sign of life and was ended" in output
