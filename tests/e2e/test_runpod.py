@@ -20,8 +20,11 @@ from tests.twin.runpod.venv import cloud_bin
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(1800)]
 
 RUN = "/workspace/nanochat/runs/e2e"
-TRAINS_ONLY = ("base_train.num_steps=400", "base_train.eval_every_steps=400")
-"""An evaluation has an allowance of its own, a quarter of an hour."""
+TRAINS_ONLY = (
+    *("base_train.num_steps=400", "base_train.eval_every_steps=400"),
+    "budget.checkpoint_every_s=60.0",
+)
+"""An evaluation and a save have an allowance of their own, a quarter of an hour."""
 START_S = 400.0
 """A toy run on two cores that others use too."""
 
@@ -216,9 +219,21 @@ def test_a_stopped_trainer_is_ended_and_continued(client: Client, engine: Engine
         return bool(pods) and '"step": 40,' in client.shown(pods[0], f"{RUN}/metrics.jsonl")
 
     client.wait_for(trains, process, "a run")
-    container = client.pod().container
+    pod = client.pod()
+    container = pod.container
     assert container is not None
-    client.cloud.engine.run(container, "pkill", "-STOP", "-f", "nanochat[.]stages.base_train")
+
+    def stops_in_training() -> bool:
+        for signal in ("-STOP", "-CONT"):
+            client.cloud.engine.run(
+                container, "pkill", signal, "-f", "nanochat[.]stages.base_train"
+            )
+            told = json.loads(client.shown(pod, f"{RUN}/stages/base_train.progress.json"))
+            if signal == "-STOP" and told["phase"] == "train":
+                return True
+        return False
+
+    wait_until(stops_in_training, START_S, "it is stopped while it trains")
     output = process.communicate(timeout=1500)[0]
     assert process.returncode == 0, output
     assert "gave no sign of life and was ended" in output
