@@ -239,7 +239,8 @@ def test_progress_is_reported_and_may_stop_the_work() -> None:
 
 
 INTERRUPTED = """
-import sys, rustbpe
+import signal, sys, rustbpe
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
 path, what = sys.argv[1:]
 text = open(path).read()
 def endless():
