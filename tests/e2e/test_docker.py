@@ -321,12 +321,13 @@ def test_a_volume_that_vanishes_is_told_and_where_it_is_back_the_run_goes_on(
     holder = engine.start("sleep", "infinity", **mounted(volume))
     run = (*SHORT, "budget.checkpoint_every_s=1.0", LONGER)
     container = engine.start(*run, **OFFLINE, **mounted(volume, short=short))
-    wait_for_step(container, "base_train", 10)
+    latest = f"{RUN}/checkpoints/base_train/latest"
+    wait_until(lambda: "step_" in shown(container, latest), START_S, "a first checkpoint")
     assert holder.exec_run(["mv", RUN, f"{MOUNT}/away"])[0] == 0
     ended = engine.wait(container)
     assert ended.exit_code == 77, ended.output
     assert f"the volume of {RUN} is gone" in ended.output
-    script = f"rm -rf {RUN} && mv {MOUNT}/away {RUN} && ls {RUN}/checkpoints/base_train/latest"
+    script = f"rm -rf {RUN} && mv {MOUNT}/away {RUN} && ls {latest}"
     assert engine.shell(volume, script)
     again = engine.run(*run, **OFFLINE, **mounted(volume, short=short))
     assert again.exit_code == 0, again.output

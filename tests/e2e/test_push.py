@@ -57,9 +57,12 @@ def test_what_is_pushed_comes_back_by_its_digest(engine: Engine, registry: str) 
     engine.client.api.import_image_from_data(archive.getvalue(), "nanochat-push", tag)
     image = f"nanochat-push:{tag}"
     try:
-        command = ["make", "--assume-old=image", "push", f"REGISTRY={registry}/me"]
+        command = ["make", "--no-print-directory", "--assume-old=image", "push"]
         pushed = subprocess.run(
-            [*command, f"IMAGE={image}"], cwd=ROOT, capture_output=True, text=True
+            [*command, f"REGISTRY={registry}/me", f"IMAGE={image}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         )
         assert pushed.returncode == 0, pushed.stderr
         digest = pushed.stdout.strip().splitlines()[-1]
