@@ -339,7 +339,7 @@ def _containers(name: str) -> list[dict[str, Any]]:
         find_run(name)
     except RunDirError:
         with contextlib.suppress(LaunchError):
-            return docker.status(name)
+            return docker.status(name) if docker.has_engine() else []
     return []
 
 

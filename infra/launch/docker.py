@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from docker import DockerClient
     from docker.models.containers import Container
 
+SOCKET = Path("/var/run/docker.sock")
 MOUNT = "/workspace"
 INPUT_DIR = "/run/nanochat"
 LABEL = "nanochat.run"
@@ -232,6 +233,11 @@ def how_it_ended(attrs: dict[str, Any]) -> tuple[int, str]:
     return code, f"ended with exit code {code}"
 
 
+def has_engine() -> bool:
+    """Whether there is an engine to ask; asking where there is none leaves a socket of the SDK."""
+    return "DOCKER_HOST" in os.environ or SOCKET.exists()
+
+
 def connect() -> "DockerClient":
     """The engine that the environment names. Raises LaunchError that says how to get at it."""
     try:
@@ -246,7 +252,7 @@ def connect() -> "DockerClient":
         engine.ping()
         return engine
     except DockerException as e:
-        where = os.environ.get("DOCKER_HOST", "/var/run/docker.sock")
+        where = os.environ.get("DOCKER_HOST", str(SOCKET))
         if "Permission denied" in str(e):
             raise LaunchError(
                 f"no permission to use the Docker engine at {where}: add yourself to its group "
