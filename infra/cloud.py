@@ -48,18 +48,26 @@ def _jobs(args: argparse.Namespace, spec: RunSpec, path: Path) -> list[Job]:
         overrides = list(args.overrides)
         if offer != spec.offer:
             overrides.append(f'offer="{offer}"')
-        asked = load_spec(path, overrides)
-        made = planner.make_plan(asked, hardware.parse_offer(offer))
-        if made.verdict == "refused":
-            refused.append(f"{offer}: {'; '.join(made.reasons)}")
-            continue
-        config = args.config[1:]
-        jobs.append(Job(config=config, overrides=tuple(overrides), spec=asked, plan=made.to_json()))
+        job, refusal = _planned(args, path, tuple(overrides))
+        if refusal is None:
+            jobs.append(job)
+        else:
+            refused.append(f"{offer}: {refusal}")
     for reason in refused if jobs else ():
         sys.stderr.write(f"left out: {reason}\n")
     if not jobs:
         raise LaunchError("the plan refuses every offer:\n  " + "\n  ".join(refused))
     return jobs
+
+
+def _planned(
+    args: argparse.Namespace, path: Path, overrides: tuple[str, ...]
+) -> tuple[Job, str | None]:
+    """The run with these overrides on its spec's offer, and why the plan refuses it, or None."""
+    asked = load_spec(path, overrides)
+    made = planner.make_plan(asked, hardware.parse_offer(asked.offer))
+    job = Job(config=args.config[1:], overrides=overrides, spec=asked, plan=made.to_json())
+    return job, "; ".join(made.reasons) if made.verdict == "refused" else None
 
 
 def launch_sky(args: argparse.Namespace, spec: RunSpec, path: Path) -> int | Rendered:
@@ -77,14 +85,10 @@ def launch_sky(args: argparse.Namespace, spec: RunSpec, path: Path) -> int | Ren
     points = sky_sweep.points(spec, args.sweep) if args.sweep else [()]
     jobs, refused = [], []
     for point in points:
-        overrides = (*args.overrides, *point)
-        asked = load_spec(path, overrides)
-        made = planner.make_plan(asked, hardware.parse_offer(asked.offer))
-        if made.verdict == "refused":
-            refused.append(f"{asked.name}: {'; '.join(made.reasons)}")
-        jobs.append(
-            Job(config=args.config[1:], overrides=overrides, spec=asked, plan=made.to_json())
-        )
+        job, refusal = _planned(args, path, (*args.overrides, *point))
+        jobs.append(job)
+        if refusal is not None:
+            refused.append(f"{job.name}: {refusal}")
     if refused:
         raise LaunchError("the plan refuses\n  " + "\n  ".join(refused))
     if args.sweep and args.dry_run:
