@@ -17,7 +17,7 @@ PR_SET_PDEATHSIG = 1
 APP_DIR = Path(__file__).resolve().parent.parent
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Between fork and exec: a killed supervisor takes its stage along (Linux, prctl(2))."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -34,7 +34,7 @@ class StageProcess:
             stderr=subprocess.STDOUT,
             env=env,
             start_new_session=True,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=die_with_parent if sys.platform == "linux" else None,
         )
         self._seen: dict[int, psutil.Process] = {}
 

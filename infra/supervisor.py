@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from infra import budget
+from infra.board import Board
 from infra.console import Console
 from infra.horizon import StageClock
 from infra.meter import Price
@@ -96,6 +97,7 @@ class Supervisor:
         self.meter = meter or (lambda: price)
         self.start_process = start_process
         self.notices = Notices(spec.runtime.webhook_url, spec.name)
+        self.board = Board(spec.runtime, run, console.message)
         self.lease = Lease(run)
         self.clock = StageClock(run, spec, plan)
         self.stage: str | None = None
@@ -125,6 +127,7 @@ class Supervisor:
             run.freeze_plan(self.plan)
             run.clear_stop()
             self._point_to_run()
+            self.board.start()
             self.price = self.meter()
             self._ledger("start")
             self._tell_start()
@@ -142,6 +145,7 @@ class Supervisor:
         finally:
             self.lease.release()
             restore_signals()
+            self.board.close()
             self.notices.close()
 
     def _run_stages(self) -> tuple[int, str]:
@@ -246,6 +250,7 @@ class Supervisor:
             self.price = self.meter()
             self._if_there_is_space(lambda: self._ledger("heartbeat"))
         if self._due("status", STATUS_EVERY_S, now):
+            self.board.watch()
             status = (JobStatus.RUNNING, None, "", progress)
             self._if_there_is_space(lambda: self._write_status(*status))
             self._watch_budget(stage, now)

@@ -10,9 +10,8 @@
 import difflib
 import json
 import tomllib
-import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -182,6 +181,8 @@ class Runtime(Section):
     """Write TensorBoard files beside metrics.jsonl."""
     tensorboard_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     """Serve TensorBoard on this port while the run goes on; unset: do not."""
+    tensorboard_host: str = "127.0.0.1"
+    """Address that it listens on. It asks for no password: reach it through an ssh tunnel."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Send metrics to Weights & Biases; offline files are pushed later by `sync`."""
     webhook_url: str | None = None
@@ -504,7 +505,7 @@ def describe_fields() -> list[tuple[str, str, str]]:
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     """The section class in `X` or `X | None`."""
-    for option in (annotation, *typing.get_args(annotation)):
+    for option in (annotation, *get_args(annotation)):
         if isinstance(option, type) and issubclass(option, BaseModel):
             return option
     return None

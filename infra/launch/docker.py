@@ -109,6 +109,7 @@ def container_body(job: Job, options: DockerOptions) -> dict[str, Any]:
         "HostConfig": host,
     }
     if port := job.spec.runtime.tensorboard_port:
+        body["Cmd"].append('runtime.tensorboard_host="0.0.0.0"')  # the engine binds it to loopback
         body["ExposedPorts"] = {f"{port}/tcp": {}}
         host["PortBindings"] = {f"{port}/tcp": [{"HostIp": "127.0.0.1", "HostPort": str(port)}]}
     if not options.network:

@@ -166,6 +166,7 @@ def test_options_reach_the_engine() -> None:
     assert body["HostConfig"]["NetworkMode"] == "none"
     assert body["Env"] == ["NANOCHAT_IMAGE", "NANOCHAT_OFFLINE=1"]
     assert body["HostConfig"]["PortBindings"]["6006/tcp"][0]["HostIp"] == "127.0.0.1"
+    assert load_spec(SMOKE, body["Cmd"][2:]).runtime.tensorboard_host == "0.0.0.0"
 
 
 def test_a_text_file_goes_along(tmp_path: Path) -> None:

@@ -97,6 +97,14 @@ def test_every_stage_once_and_skipped_when_done(supervise: Supervise) -> None:
     assert code == 0 and len(acts(run)) == 3
 
 
+def test_tensorboard_ends_with_the_run(supervise: Supervise) -> None:
+    spec = make_spec(runtime={"tensorboard_port": 6006, "hang_s": 0.5})
+    code, run = supervise(ALL_DONE, spec)
+    assert code == 0
+    assert run.log_file("tensorboard").exists(), "it was started"
+    assert psutil.Process().children(recursive=True) == []
+
+
 @pytest.mark.parametrize("code", [70, 77, 78, 1])
 def test_a_failed_stage_ends_the_run_with_its_code(supervise: Supervise, code: int) -> None:
     got, run = supervise({"base_train": [f"fail:{code}"]})
