@@ -68,14 +68,18 @@ def status(api: RunPodApi, run_name: str) -> dict[str, Any] | None:
         found = {}
     usd = reap.cost_of(pod, time.time())
     message = f"pod {pod.id} is {pod.status} at ${pod.usd_per_hour:.2f}/h, so far ${usd:.2f}"
+    way_in = ssh_line(pod.address) if pod.address else None
     return {
         "name": run_name,
         "pod": pod.id,
+        "ssh": way_in,
         "state": pod.status,
         "exit_code": None,
         **found,
         "pod_usd": round(usd, 4),
-        "message": f"{message}. {found.get('message') or ''}".rstrip(". "),
+        "message": "\n".join(
+            filter(None, (f"{message}. {found.get('message') or ''}".rstrip(". "), way_in))
+        ),
     }
 
 
@@ -123,14 +127,25 @@ def ssh_command(address: tuple[str, int]) -> list[str]:
     return ["ssh", *flags, "-i", str(ssh_key()), "-p", str(address[1]), f"root@{address[0]}"]
 
 
+def ssh_line(address: tuple[str, int]) -> str:
+    """What a person types to be there; -L PORT:localhost:PORT in it opens a port of the pod."""
+    unknown = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
+    return f"ssh {unknown} -i {shlex.quote(str(key_file()))} -p {address[1]} root@{address[0]}"
+
+
 def run_on_pod(address: tuple[str, int], run_name: str) -> Host:
     """A run's files on its pod, for `pull`."""
     return Host(ssh_command(address), f"{MOUNT}/nanochat/runs/{run_name}")
 
 
+def key_file() -> Path:
+    """Where the key of this machine for pods is, or will be."""
+    return nanochat_home() / "ssh" / "id_ed25519"
+
+
 def ssh_key() -> Path:
     """The key of this machine for pods; made at first use. Raises LaunchError without ssh."""
-    key = nanochat_home() / "ssh" / "id_ed25519"
+    key = key_file()
     if key.exists():
         return key
     key.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
