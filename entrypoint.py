@@ -90,7 +90,8 @@ def build_parser() -> Parser:
     p = verbs.add_parser("status", parents=[as_json], help="what runs, its exit code and cost")
     p.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="default: every known run")
 
-    verbs.add_parser("stop", parents=[a_run], help="stop a run with a checkpoint")
+    p = verbs.add_parser("stop", help="stop a run with a checkpoint")
+    p.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="default: this machine's run")
 
     p = verbs.add_parser("reap", parents=[as_json], help="end pods that are past their budget")
     p.add_argument("--dry-run", action="store_true", help="say what would be ended")

@@ -18,10 +18,10 @@ from typing import Any
 
 import psutil
 
-from infra import budget
+from infra import budget, pointer
 from infra.privileges import image_home
 from infra.runpod_api import Pod, ProviderError, RunPodApi, connect, label, this_pod
-from nanochat.rundir import RunDir, RunDirError, append_jsonl, read_json, read_jsonl
+from nanochat.rundir import RunDir, RunDirError, append_jsonl, read_jsonl
 
 LOOK_EVERY_S = 5.0
 EARLY_S = 12.0
@@ -126,7 +126,8 @@ class Switch:
         now = time.time()
         price = float(mine[-1].get("usd_per_hour") or 0.0)
         if self._pod is not None:
-            price = max(price, self._pod.usd_per_hour)
+            storage = float(mine[-1].get("storage_usd_per_hour") or 0.0)
+            price = max(price, self._pod.usd_per_hour + storage)
         lives = {"event": "heartbeat", "time": now, "usd_per_hour": price, "instance": self.pod_id}
         left_s = budget.time_left_s(bounds, [*read_jsonl(run.ledger_file), lives], now)
         return left_s is not None and left_s <= EARLY_S
@@ -144,9 +145,11 @@ class Switch:
 
 
 def current_run(home: Path) -> RunDir | None:
-    """The run that was last started on this machine."""
-    pointer = read_json(home / "current-run.json")
-    return RunDir(pointer) if isinstance(pointer, str) else None
+    """The run that was last started on this machine, not on another one with the same volume."""
+    with contextlib.suppress(OSError):
+        if path := pointer.current_run(home):
+            return RunDir(path)
+    return None
 
 
 def note_life(home: Path, pod_id: str | None) -> None:

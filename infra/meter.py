@@ -23,6 +23,13 @@ class Price:
     """Unix time since when the instance is billed; None where the provider has not said."""
     before_usd: float = 0.0
     """What earlier instances of the run have cost, as far as its launcher has seen."""
+    storage_usd_per_hour: float = 0.0
+    """Of the run's share of the volume, which no provider's price of a machine contains."""
+
+    @property
+    def all_usd_per_hour(self) -> float:
+        """All that is billed while the run goes on: the ledger's price."""
+        return self.usd_per_hour + self.storage_usd_per_hour
 
 
 class Meter:

@@ -22,6 +22,7 @@ from infra.console import Console
 from infra.horizon import StageClock
 from infra.meter import Price
 from infra.notices import Notices
+from infra.pointer import point_to
 from infra.processes import StageProcess, stage_command, stage_env
 from nanochat.lease import HEARTBEAT_S, Lease, LeaseLost
 from nanochat.rundir import (
@@ -37,7 +38,6 @@ from nanochat.rundir import (
     RunDir,
     StopReason,
     append_jsonl,
-    atomic_write_json,
     nanochat_home,
     read_jsonl,
 )
@@ -294,7 +294,7 @@ class Supervisor:
             stage,
             "warning",
             f"{told}: the rest needs about {needed_s / 3600:.2f} h "
-            f"(${needed_s / 3600 * self.price.usd_per_hour:.2f}), the budget leaves "
+            f"(${needed_s / 3600 * self.price.all_usd_per_hour:.2f}), the budget leaves "
             f"{left_s / 3600:.2f} h; it will stop{end} with everything saved and reported. To go "
             "on then, give the same command with a larger budget",
         )
@@ -374,7 +374,8 @@ class Supervisor:
         return {
             "event": event,
             "time": now,
-            "usd_per_hour": self.price.usd_per_hour,
+            "usd_per_hour": self.price.all_usd_per_hour,
+            "storage_usd_per_hour": self.price.storage_usd_per_hour,
             "source": self.price.source,
             "host": socket.gethostname(),
             "instance": self.price.instance,
@@ -469,11 +470,9 @@ class Supervisor:
         )
 
     def _point_to_run(self) -> None:
-        """Tell the image's health check which run it is; without a writable home there is none."""
-        home = nanochat_home()
+        """Tell health check and switch which run it is; without a writable home there is none."""
         with contextlib.suppress(OSError):
-            home.mkdir(parents=True, exist_ok=True)
-            atomic_write_json(home / "current-run.json", str(self.run_dir.path.absolute()))
+            point_to(nanochat_home(), self.run_dir.path)
 
     def _due(self, what: str, every_s: float, now: float) -> bool:
         if now - self._last[what] < every_s:

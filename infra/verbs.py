@@ -4,10 +4,11 @@ Facts go to stdout (one JSON document with --json), progress and errors to stder
 """
 
 import argparse
-import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from infra.guard import start_guard
 from infra.launch import docker, slurm
 from infra.launch.base import Job, LaunchError, Rendered, present_secrets
 from infra.meter import Price, meter_of_this_pod
+from infra.pointer import current_run
 from infra.privileges import lost_with_container
 from infra.processes import python_path
 from infra.supervisor import Supervisor
@@ -67,7 +69,7 @@ def run_verb(args: argparse.Namespace) -> int:
     try:
         return verbs[args.verb](args)
     except (SpecError, RunDirError) as e:
-        _say(f"nanochat {args.verb}: {e}")
+        _say(_ready(args, f"nanochat {args.verb}: {e}"))
         return EXIT_SPEC
     except LaunchError as e:
         _say(f"nanochat {args.verb}: {e}")
@@ -122,9 +124,9 @@ def run(args: argparse.Namespace) -> int:
         return EXIT_SPEC
     problems = preflight.preflight(spec, made, run_dir)
     for problem in problems:
-        _say(f"nanochat run: {problem.message}")
+        _say(_ready(args, f"nanochat run: {problem.message}"))
     if problems:
-        return max(p.exit_code for p in problems)
+        return preflight.exit_code(problems)
     if lost_with_container(run_dir.path):
         _say(
             "nanochat run: warning: no volume at /workspace, so the run is lost with this "
@@ -133,8 +135,7 @@ def run(args: argparse.Namespace) -> int:
     document = made.to_json()
     if frozen is not None and is_same_machine(frozen, document):
         document = frozen
-    quoted = Price(document["usd_per_hour"], document.get("price_source", "plan"))
-    meter = meter_of_this_pod(quoted)
+    meter = meter_of_this_pod(_quoted(document))
     console = Console(run_dir, spec.stages)
     ranks = hardware.num_ranks(spec.runtime)
     if spec.runtime.num_ranks is not None:
@@ -147,6 +148,15 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(run_dir.status()))
     return exit_code
+
+
+def _quoted(document: dict[str, Any]) -> Price:
+    """The price that a plan expects: machine and volume."""
+    return Price(
+        document["usd_per_hour"],
+        document.get("price_source", "plan"),
+        storage_usd_per_hour=document.get("storage_usd_per_hour", 0.0),
+    )
 
 
 def launch(args: argparse.Namespace) -> int:
@@ -195,8 +205,8 @@ def status(args: argparse.Namespace) -> int:
         _print(args.json, containers[0], lambda c: f"{c['container']}: {c['message']}")
         return int(containers[0]["exit_code"] or EXIT_DONE)
     if args.run_dir and (queued := _only_queued(args.run_dir)):
-        _print(args.json, queued, lambda q: f"{args.run_dir}: {q['slurm']['message']}")
-        return EXIT_DONE
+        _print(args.json, queued, lambda q: f"{args.run_dir}: {q['message']}")
+        return int(queued["exit_code"] or EXIT_DONE)
     if args.run_dir and not _is_here(args.run_dir) and (pod := cloud.remote_status(args.run_dir)):
         _print(args.json, pod, lambda p: f"{args.run_dir}: {p['message']}")
         return int(pod["exit_code"] or EXIT_DONE)
@@ -204,7 +214,7 @@ def status(args: argparse.Namespace) -> int:
         runs = [find_run(args.run_dir)]
     else:
         runs = [RunDir(p.parent) for p in sorted((nanochat_home() / "runs").glob("*/spec.json"))]
-    rows = [_status_of(r) for r in runs]
+    rows = [_status_of(r) for r in runs] + ([] if args.run_dir else _containers())
     document: Any = rows[0] if args.run_dir else rows
     _print(args.json, document, lambda _: render_status(rows))
     if args.run_dir and rows[0]["exit_code"] is not None:
@@ -213,7 +223,12 @@ def status(args: argparse.Namespace) -> int:
 
 
 def stop(args: argparse.Namespace) -> int:
-    """Ask a run to stop with a checkpoint, and wait until it has."""
+    """Ask a run to stop with a checkpoint, and wait until it has; unnamed: this machine's."""
+    if args.run_dir is None:
+        here = current_run(nanochat_home())
+        if here is None:
+            raise RunDirError("no run has been started on this machine; which one is to stop?")
+        args.run_dir = str(here)
     if _containers(args.run_dir):
         return docker.stop(args.run_dir)
     if not _is_here(args.run_dir) and cloud.remote_status(args.run_dir):
@@ -222,7 +237,8 @@ def stop(args: argparse.Namespace) -> int:
     if _is_here(args.run_dir) or not slurm.queue(args.run_dir):
         run_dir = find_run(args.run_dir)
         exit_code, name = _stop_here(run_dir), run_dir.path.name
-    for job_id in slurm.end_jobs(name) if exit_code == EXIT_DONE else ():
+    # Also of a run that has not answered: its node may be dead, and its next job would go on.
+    for job_id in slurm.end_jobs(name, slurm.END_OF_JOB_S if exit_code == EXIT_DONE else 0.0):
         _say(f"cancelled job {job_id} of the queue")
     return exit_code
 
@@ -294,8 +310,9 @@ def doctor(args: argparse.Namespace) -> int:
     """Facts about this machine; 77 or 78 when something that the spec needs is missing."""
     spec = _load(args) if args.config else None
     facts = preflight.doctor(spec)
+    facts = [dataclasses.replace(f, fix=_ready(args, f.fix)) for f in facts]
     _print(args.json, [vars(f) for f in facts], lambda _: preflight.render_doctor(facts))
-    return max((f.exit_code for f in facts), default=EXIT_DONE)
+    return preflight.exit_code(facts)
 
 
 def use_model(args: argparse.Namespace) -> NoReturn:
@@ -325,6 +342,13 @@ def _config_path(args: argparse.Namespace) -> Path:
     return path
 
 
+def _ready(args: argparse.Namespace, text: str) -> str:
+    """A message whose commands can be pasted: what stands for the spec is the one given here."""
+    if not getattr(args, "config", None):
+        return text
+    return text.replace("@CONFIG", shlex.join([args.config, *args.overrides]))
+
+
 def _is_here(run: str) -> bool:
     try:
         find_run(run)
@@ -333,25 +357,31 @@ def _is_here(run: str) -> bool:
     return True
 
 
-def _containers(name: str) -> list[dict[str, Any]]:
-    """Containers that `launch --to docker` has made for a run that is not on this machine."""
+def _containers(name: str | None = None) -> list[dict[str, Any]]:
+    """What `launch --to docker` has made: all of it, or what a run's name means on this machine.
+
+    That is a run here while it goes on, then a container that runs, then what has ended here.
+    """
+    is_here = name is not None and _is_here(name)
+    if name is not None and ("/" in name or (is_here and _goes_on(find_run(name)))):
+        return []
     try:
-        find_run(name)
-    except RunDirError:
-        with contextlib.suppress(LaunchError):
-            return docker.status(name) if docker.has_engine() else []
-    return []
+        found = docker.status(name) if docker.has_engine() else []
+    except LaunchError as e:
+        _say(f"containers are not looked at: {e}")
+        return []
+    return [row for row in found if row["exit_code"] is None] if is_here else found
+
+
+def _goes_on(run_dir: RunDir) -> bool:
+    found = run_dir.status() or {}
+    age_s = time.time() - float(found.get("heartbeat") or 0.0)
+    return found.get("state") == "RUNNING" and age_s <= STALE_S
 
 
 def _only_queued(name: str) -> dict[str, Any] | None:
     """What SLURM says of a run that has not started yet; None where it has, or knows nothing."""
-    try:
-        find_run(name)
-    except RunDirError:
-        found = slurm.describe(name, None)
-        if found is not None:
-            return {"name": name, "state": "PENDING", "exit_code": None, "slurm": found}
-    return None
+    return None if _is_here(name) else slurm.unstarted(name)
 
 
 def _rehearse(spec: RunSpec, document: dict[str, Any]) -> Any:

@@ -1,8 +1,8 @@
 """The image's health check: does the run of this container give signs of life?
 
-* The run is found by the pointer that the supervisor writes (NANOCHAT_HOME/current-run.json). On a
-  volume it may point to a run of another container, or to one whose container was killed; only a
-  status written by a living process of this container counts.
+* The run is found by the pointer that the supervisor of this container writes (infra/pointer.py).
+  It may point to a run that another container has gone on with, or whose supervisor was killed;
+  only a status written by a living process of this container counts.
 * No such run is healthy: a shell, `serve`, or a run that has not started or has ended.
 * The supervisor beats every second, also while ranks load, compile or evaluate; hung ranks are its
   business. Only a supervisor that stands still makes the container unhealthy.
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from infra.pointer import current_run
 from infra.privileges import image_home
 
 SILENCE_S = 60.0
@@ -26,16 +27,16 @@ SILENCE_S = 60.0
 
 def health(home: Path, hostname: str, now: float) -> tuple[bool, str]:
     """(healthy, why) of the run that this container works on. `now` is Unix time."""
-    pointer = _read(home / "current-run.json")
-    if not isinstance(pointer, str):
+    run = current_run(home, hostname)
+    if run is None:
         return True, "no run"
-    status = _read(Path(pointer) / "status.json")
+    status = _read(run / "status.json")
     if not isinstance(status, dict) or status.get("state") != "RUNNING":
         return True, "no run is going on"
     if status.get("host") != hostname or not _is_alive(int(status["pid"])):
-        return True, f"no run is going on here; {pointer} was run elsewhere"
+        return True, f"no run is going on here; {run} was run elsewhere"
     silence_s = now - float(status["heartbeat"])
-    where = f"{pointer}: {status.get('stage')}"
+    where = f"{run}: {status.get('stage')}"
     if silence_s > SILENCE_S:
         return False, f"{where}: no sign of life for {silence_s:.0f} s"
     return True, f"{where}, last sign of life {max(silence_s, 0.0):.0f} s ago"

@@ -60,8 +60,8 @@ def status(api: RunPodApi, run_name: str) -> dict[str, Any] | None:
     pod = find_pod(api, run_name)
     if pod is None:
         return None
-    command = f"cat $(python3 -c 'import json;print(json.load(open(\"{MOUNT}/nanochat/current-run"
-    text = ssh(pod.address, command + ".json\")))')/status.json") if pod.address else None
+    told = f"{path_on_pod(run_name)}/status.json"
+    text = ssh(pod.address, f"cat {shlex.quote(told)}") if pod.address else None
     try:
         found = json.loads(text or "{}")
     except json.JSONDecodeError:
@@ -135,7 +135,12 @@ def ssh_line(address: tuple[str, int]) -> str:
 
 def run_on_pod(address: tuple[str, int], run_name: str) -> Host:
     """A run's files on its pod, for `pull`."""
-    return Host(ssh_command(address), f"{MOUNT}/nanochat/runs/{run_name}")
+    return Host(ssh_command(address), path_on_pod(run_name))
+
+
+def path_on_pod(run_name: str) -> str:
+    """Where a pod has the files of a run; its volume may have those of other runs too."""
+    return f"{MOUNT}/nanochat/runs/{run_name}"
 
 
 def key_file() -> Path:

@@ -10,8 +10,9 @@ import pytest
 from infra import deadman
 from infra.budget import spent
 from infra.deadman import Switch
+from infra.pointer import point_to, pointer_file
 from infra.runpod_api import RunPodApi, api_key, labels_of
-from nanochat.rundir import RunDir, append_jsonl, atomic_write_json, read_jsonl
+from nanochat.rundir import RunDir, append_jsonl, read_jsonl
 from tests.unit.test_supervisor import make_spec
 
 
@@ -43,12 +44,12 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return clock
 
 
-def a_run(home: Path, max_usd: float, start: float) -> RunDir:
-    run = RunDir(home / "runs" / "t")
+def a_run(home: Path, max_usd: float, start: float, name: str = "t", pod: str = "p") -> RunDir:
+    run = RunDir(home / "runs" / name)
     run.create()
     run.freeze_spec(make_spec(budget={"max_usd": max_usd}))
-    atomic_write_json(home / "current-run.json", str(run.path))
-    line = {"event": "start", "time": start, "usd_per_hour": 36.0, "instance": "p"}
+    point_to(home, run.path)
+    line = {"event": "start", "time": start, "usd_per_hour": 36.0, "instance": pod}
     append_jsonl(run.ledger_file, line)
     return run
 
@@ -64,6 +65,50 @@ def test_silence_ends_the_pod_and_any_sign_of_life_puts_it_off(
         assert switch.reason_to_end() is None
     now[0] += deadman.SILENCE_S + 1
     assert "no run has given a sign of life" in str(switch.reason_to_end())
+
+
+def test_the_run_of_another_pod_on_the_volume_is_not_looked_at(
+    tmp_path: Path, now: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pods on one volume: the one that started last neither hides nor keeps alive the first."""
+    hostname = ["pod-a"]
+    monkeypatch.setattr("socket.gethostname", lambda: hostname[0])
+    ours = a_run(tmp_path, 1.0, now[0], "d20", "a")
+    hostname[0] = "pod-b"
+    other = a_run(tmp_path, 1e6, now[0], "d24", "b")
+    switches = {"a": Switch(tmp_path, "a", None), "b": Switch(tmp_path, "b", None)}
+
+    def look(pod: str) -> str | None:
+        hostname[0] = f"pod-{pod}"
+        return switches[pod].reason_to_end()
+
+    now[0] += 50
+    assert look("a") is None and look("b") is None
+    now[0] += 45
+    assert f"budget of {ours.path} is spent" in str(look("a"))
+    assert look("b") is None, "it has a budget of its own"
+    ours.spec_file.unlink()  # without a budget: the silence alone counts
+    for moment in (600.0, 1200.0):  # the other run ends here, ours goes on
+        os.utime(ours.ledger_file, (moment, moment))
+        now[0] += 600
+        reasons = look("a"), look("b")
+    assert reasons[0] is None
+    assert "no run has given a sign of life" in str(reasons[1])
+    assert other.path.exists()
+
+
+def test_pointers_of_machines_that_are_gone_are_forgotten(tmp_path: Path) -> None:
+    gone, long, alive = (RunDir(tmp_path / "runs" / name) for name in ("gone", "long", "alive"))
+    for host, run, silent_s in (("a", gone, 90_000), ("b", long, 90_000), ("c", alive, 10)):
+        run.create()
+        run.status_file.write_text("{}")
+        file = pointer_file(tmp_path, host)
+        file.write_text(json.dumps(str(run.path)))
+        for one in (file, *([run.status_file] if host != "b" else [])):
+            os.utime(one, (time.time() - silent_s,) * 2)
+    point_to(tmp_path, tmp_path / "runs" / "new")
+    left = {f.name for f in tmp_path.glob("current-run.*")}
+    assert left == {pointer_file(tmp_path, h).name for h in ("b", "c", None)}
 
 
 def test_a_pod_without_any_run_is_ended_too(tmp_path: Path, now: list[float]) -> None:
@@ -90,6 +135,19 @@ def test_the_ledger_is_counted_without_the_supervisor(tmp_path: Path, now: list[
     dearer = Switch(tmp_path, "p", RunPodApi("k", post=Provider(72.0).post))
     now[0] -= 40
     assert "budget" in str(dearer.reason_to_end())
+
+
+def test_a_price_that_the_switch_alone_knows_has_the_volume_on_top(
+    tmp_path: Path, now: list[float]
+) -> None:
+    run = a_run(tmp_path, 1.0, now[0])
+    line = {"event": "heartbeat", "time": now[0], "usd_per_hour": 36.0, "instance": "p"}
+    append_jsonl(run.ledger_file, {**line, "storage_usd_per_hour": 36.0})
+    switch = Switch(tmp_path, "p", RunPodApi("k", post=Provider(36.0).post))
+    now[0] += 37
+    assert switch.reason_to_end() is None
+    now[0] += 2
+    assert "budget" in str(switch.reason_to_end()), "50 s at $72, less what it is early"
 
 
 def test_the_label_holds_without_a_run(tmp_path: Path, now: list[float]) -> None:

@@ -13,7 +13,8 @@ import pytest
 from infra import guard as guarding
 from infra.deadman import Switch
 from infra.guard import guard, start_guard
-from nanochat.rundir import RunDir, append_jsonl, atomic_write_json
+from infra.pointer import point_to
+from nanochat.rundir import RunDir, append_jsonl
 from tests.unit.test_supervisor import make_spec
 
 SLEEPER = (
@@ -29,7 +30,7 @@ def home(tmp_path: Path) -> Path:
     run = RunDir(tmp_path / "runs" / "t")
     run.create()
     run.freeze_spec(make_spec(budget={"max_usd": 1.0}))
-    atomic_write_json(tmp_path / "current-run.json", str(run.path))
+    point_to(tmp_path, run.path)
     line = {"event": "start", "time": time.time(), "usd_per_hour": 36.0, "instance": None}
     append_jsonl(run.ledger_file, line)
     return tmp_path

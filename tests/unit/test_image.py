@@ -16,6 +16,7 @@ import pytest
 from entrypoint import build_parser
 from infra.image.health import SILENCE_S, health
 from infra.image.sbom import _debian_licences, make_sbom, python_components, rust_components
+from infra.pointer import point_to, pointer_file
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = 1_800_000_000.0
@@ -28,7 +29,7 @@ HERE = socket.gethostname()
 def write_run(home: Path, **status: Any) -> None:
     """A run directory with this status, and the pointer to it."""
     (home / "r").mkdir()
-    (home / "current-run.json").write_text(json.dumps(str(home / "r")))
+    point_to(home, home / "r")
     going = {"state": "RUNNING", "stage": "base_train", "host": HERE, "pid": os.getpid()}
     (home / "r" / "status.json").write_text(json.dumps({**going, "heartbeat": NOW, **status}))
 
@@ -64,9 +65,20 @@ def test_a_silent_run_that_is_not_going_on_here_is_no_trouble(
     assert health(tmp_path, HERE, NOW)[0]
 
 
+def test_a_run_of_another_container_on_the_volume_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path, heartbeat=NOW - SILENCE_S - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("socket.gethostname", lambda: "another-container")
+        point_to(tmp_path, tmp_path / "other")
+    assert not health(tmp_path, HERE, NOW)[0], "ours hangs, whatever another one does"
+    assert health(tmp_path, "another-container", NOW) == (True, "no run is going on")
+
+
 def test_a_shell_and_a_torn_pointer_are_healthy(tmp_path: Path) -> None:
     assert health(tmp_path / "nothing", HERE, NOW) == (True, "no run")
-    (tmp_path / "current-run.json").write_text('"/work')
+    pointer_file(tmp_path).write_text('"/work')
     assert health(tmp_path, HERE, NOW) == (True, "no run")
 
 

@@ -294,3 +294,22 @@ def test_stop_ends_a_pod_that_does_not_answer(clock: list[float]) -> None:
     launcher = Launcher(account, account.create, [VOLUME], lambda *_: None, io.StringIO())  # type: ignore[arg-type]
     assert runpod_pod.stop(launcher, "d20") == 75
     assert not account.there and clock[0] - 1000.0 < 2 * runpod_pod.SILENT_S
+
+
+def test_status_is_of_the_named_run_whatever_else_is_on_the_volume(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    account = Account()
+    submit(account)
+    files = {
+        "/workspace/nanochat/runs/d20/status.json": {"name": "d20", "state": "RUNNING"},
+        "/workspace/nanochat/runs/d24/status.json": {"name": "d24", "state": "FAILED"},
+    }
+
+    def ssh(_address: tuple[str, int], command: str) -> str:
+        return json.dumps(files[command.removeprefix("cat ")])
+
+    monkeypatch.setattr(runpod_pod, "ssh", ssh)
+    found = runpod_pod.status(account, "d20")  # type: ignore[arg-type]
+    assert found is not None
+    assert (found["name"], found["state"], found["pod"]) == ("d20", "RUNNING", "pod1")

@@ -1,5 +1,7 @@
 """The price that counts is the higher one, and a lost API changes nothing."""
 
+from dataclasses import replace
+
 import pytest
 
 from infra import meter
@@ -30,6 +32,15 @@ def test_the_higher_of_quoted_and_billed_counts() -> None:
     provider.usd_per_hour = 25.0
     asked.refresh()
     assert (asked().usd_per_hour, asked().source) == (25.0, "billed by the provider")
+
+
+def test_the_volume_counts_on_top_of_whichever_price_is_higher() -> None:
+    provider = Provider(19.0)
+    asked = Meter(replace(QUOTED, storage_usd_per_hour=0.03), provider.ask)
+    for billed, counts in ((19.0, 20.03), (25.0, 25.03), (21.0, 21.03)):
+        provider.usd_per_hour = billed
+        asked.refresh()
+        assert asked().all_usd_per_hour == pytest.approx(counts)
 
 
 def test_while_the_api_is_lost_or_the_pod_is_not_listed_the_last_answer_holds() -> None:
