@@ -13,6 +13,7 @@ import shutil
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,8 @@ LEAST_SHM_BYTES = 256 * 2**20
 """Docker gives 64 MiB; NCCL maps buffers of several MiB per pair of ranks there."""
 LEAST_DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 """Oldest Linux driver of each CUDA major version (NVIDIA, CUDA compatibility guide, table 2)."""
+OLDER_CUDA, OLDER_LOCK = 12, "requirements-cuda12.lock"
+"""What runs under a driver that is too old for the CUDA of requirements.lock."""
 COMPILERS = ("g++", "clang++", "c++")
 
 
@@ -38,6 +41,8 @@ COMPILERS = ("g++", "clang++", "c++")
 class Problem:
     """Why a run cannot start here."""
 
+    name: str
+    """The fact that it comes from."""
     message: str
     exit_code: int
 
@@ -56,7 +61,9 @@ class Fact:
 
 def preflight(spec: RunSpec, plan: "Plan", run_dir: RunDir) -> list[Problem]:
     """Everything that would end this run early on this machine; empty when it can start."""
+    needs_gpus = spec.runtime.device not in ("cpu", "mps") and not plan.offer.cpu
     facts = [
+        *(_driver_here() if needs_gpus else ()),
         *_tools(),
         *_writable(run_dir.path),
         *_gpus(spec, plan),
@@ -68,17 +75,34 @@ def preflight(spec: RunSpec, plan: "Plan", run_dir: RunDir) -> list[Problem]:
         *_volume(spec, plan, run_dir),
     ]
     return [
-        Problem(f"{f.name}: {f.value}. {f.fix}".rstrip(" ."), f.exit_code)
+        Problem(f.name, f"{f.name}: {f.value}. {f.fix}".rstrip(" ."), f.exit_code)
         for f in facts
         if f.level == "bad"
     ]
+
+
+def exit_code(found: Sequence[Problem | Fact]) -> int:
+    """The code of what was found together; a driver that is too old comes before all else.
+
+    What the spec or the data lack can be mended here (78), what the machine lacks cannot (77), and
+    both together want the former; but on a machine with such a driver mending would be in vain.
+    """
+    of_driver = [f for f in found if f.name == "driver" and f.exit_code]
+    return max((f.exit_code for f in of_driver or found), default=EXIT_DONE)
 
 
 def doctor(spec: RunSpec | None) -> list[Fact]:
     """Facts about this machine; with a spec also what that spec needs of it."""
     from infra.planner import make_plan
 
-    facts = [*_machine(), *_tools(), *_writable(nanochat_home()), *_clock(), _network()]
+    facts = [
+        *_driver_here(),
+        *_machine(),
+        *_tools(),
+        *_writable(nanochat_home()),
+        *_clock(),
+        _network(),
+    ]
     if spec is None:
         return [*facts, *_shared_memory(None, None)]
     plan = make_plan(spec, look_further=False)
@@ -123,10 +147,6 @@ def _machine() -> list[Fact]:
         facts.append(Fact("GPUs", text, "ok"))
     else:
         facts.append(Fact("GPUs", "none that an NVIDIA driver knows", "info"))
-    driver = hardware.driver_here()
-    cuda = cuda_version()
-    if driver is not None and cuda is not None:
-        facts.append(_driver(driver, cuda))
     return facts
 
 
@@ -136,17 +156,23 @@ def cuda_version() -> str | None:
     return next(filter(None, map(_version, names)), None)
 
 
-def _driver(driver: str, cuda: str) -> Fact:
-    least = LEAST_DRIVERS.get(int(cuda.split(".")[0]))
-    if least is not None and _numbers(driver) < _numbers(least):
-        return Fact(
-            "driver",
-            f"{driver} is older than CUDA {cuda} of this installation needs ({least})",
-            "bad",
-            "use a newer driver, or an image with an older CUDA",
-            EXIT_UNFIT_NODE,
+def _driver_here() -> list[Fact]:
+    """The NVIDIA driver, where there is one and torch needs it."""
+    driver, cuda = hardware.driver_here(), cuda_version()
+    if driver is None or cuda is None:
+        return []
+    major = int(cuda.split(".")[0])
+    least = LEAST_DRIVERS.get(major)
+    if least is None or _numbers(driver) >= _numbers(least):
+        return [Fact("driver", f"{driver}, CUDA {cuda}", "ok")]
+    fix = f"Install driver {least} or newer, or go to a machine that has one"
+    if major > OLDER_CUDA and _numbers(driver) >= _numbers(LEAST_DRIVERS[OLDER_CUDA]):
+        fix += (
+            f"; for this driver there is the image of CUDA {OLDER_CUDA}: make image "
+            f"REQUIREMENTS={OLDER_LOCK} (docs/docker.md, GPUs and drivers)"
         )
-    return Fact("driver", f"{driver}, CUDA {cuda}", "ok")
+    text = f"{driver} is older than CUDA {cuda} of this installation needs ({least})"
+    return [Fact("driver", text, "bad", fix, EXIT_UNFIT_NODE)]
 
 
 def _numbers(version: str) -> list[int]:
@@ -231,13 +257,11 @@ def _gpus(spec: RunSpec, plan: "Plan") -> list[Fact]:
         ]
     need_gib = max((s.memory.total / GIB for s in plan.stages), default=0.0)
     short = [g for g in here if g.free_gib < need_gib]
-    facts = [Fact("GPUs", f"{wanted} of {len(here)}", "ok")]
     if short:
         fix = "end what else runs there, or set device_batch_size lower"
         text = f"{short[0].name} has {short[0].free_gib:.1f} GiB free, the plan {need_gib:.1f}"
-        facts = [Fact("GPU memory", text, "bad", fix, EXIT_UNFIT_NODE)]
-    driver, cuda = hardware.driver_here(), cuda_version()
-    return [*facts, _driver(driver, cuda)] if driver and cuda else facts
+        return [Fact("GPU memory", text, "bad", fix, EXIT_UNFIT_NODE)]
+    return [Fact("GPUs", f"{wanted} of {len(here)}", "ok")]
 
 
 def _compiler(spec: RunSpec) -> list[Fact]:

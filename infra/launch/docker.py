@@ -9,6 +9,7 @@
   it ended.
 """
 
+import importlib.util
 import json
 import os
 import signal
@@ -28,13 +29,20 @@ from infra.launch.base import (
     default_image,
     worst_case_usd,
 )
-from nanochat.rundir import EXIT_DONE, EXIT_SPEC, EXIT_STOPPED, EXIT_UNFIT_NODE
+from nanochat.rundir import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_SPEC,
+    EXIT_STOPPED,
+    EXIT_UNFIT_NODE,
+)
 
 if TYPE_CHECKING:
     from docker import DockerClient
     from docker.models.containers import Container
 
 SOCKET = Path("/var/run/docker.sock")
+UNIX = "unix://"
 MOUNT = "/workspace"
 INPUT_DIR = "/run/nanochat"
 LABEL = "nanochat.run"
@@ -42,7 +50,11 @@ SHM_GIB_PER_RANK = 1
 """Docker gives 64 MiB for everything; NCCL and data workers of one rank need up to this."""
 STOP_MARGIN_S = 5.0
 """From the supervisor's own deadline to the end of the container."""
+DOCKERS_GRACE_S = 10
+"""Until Docker kills a container that was made without a StopTimeout."""
 KILLED = 137
+OUT_OF_MEMORY = (KILLED, EXIT_UNFIT_NODE, EXIT_FAILED)
+"""Exit codes with which memory can have ended a run: the container was, or its ranks were."""
 MEMLOCK = {"Name": "memlock", "Soft": -1, "Hard": -1}
 """Pinned host memory and InfiniBand buffers of a GPU run are locked."""
 POLL_S = 0.2
@@ -171,10 +183,22 @@ def follow(container: "Container", grace_s: float, out: TextIO) -> int:
 
 def stop(run_name: str) -> int:
     """Stop a run's container with a checkpoint and wait; its exit code. Raises LaunchError."""
+    from requests.exceptions import ConnectionError, ReadTimeout
+
     container = find(run_name)
     if container is None:
         raise LaunchError(f"there is no container {container_name(run_name)}")
-    container.stop()  # without a time of ours, the container's StopTimeout holds
+    grace_s = int(container.attrs["Config"].get("StopTimeout") or DOCKERS_GRACE_S)
+    try:
+        # Told, the SDK waits so long for the answer, and a minute more; untold, 10 s and that.
+        container.stop(timeout=grace_s)
+    except (ReadTimeout, ConnectionError):
+        raise LaunchError(
+            f"the Docker engine does not say that {container.name} has stopped, which was to take "
+            f"{grace_s} s at most: docker ps shows whether it runs, docker kill {container.name} "
+            "ends it at once (its last complete checkpoint is kept)",
+            EXIT_UNFIT_NODE,
+        ) from None
     container.reload()
     return how_it_ended(container.attrs)[0]
 
@@ -220,13 +244,14 @@ def how_it_ended(attrs: dict[str, Any]) -> tuple[int, str]:
     if state["Running"]:
         return EXIT_DONE, "is running"
     code = int(state["ExitCode"])
-    if state.get("OOMKilled"):
+    # Docker notes this when any process was: a rank, say, after which the run went on to its end.
+    if state.get("OOMKilled") and code in OUT_OF_MEMORY:
         limit = attrs["HostConfig"].get("Memory") or 0
         where = f"at its limit of {limit / 2**30:.1f} GiB" if limit else "on this machine"
         message = (
             f"out of memory {where}; {resume}. Give it more memory, or a smaller device_batch_size"
         )
-        return (EXIT_UNFIT_NODE if code in (KILLED, EXIT_UNFIT_NODE) else code), message
+        return (EXIT_UNFIT_NODE if code == KILLED else code), message
     if code == KILLED:
         return EXIT_STOPPED, f"was killed; {resume}"
     if state.get("Error"):
@@ -235,8 +260,13 @@ def how_it_ended(attrs: dict[str, Any]) -> tuple[int, str]:
 
 
 def has_engine() -> bool:
-    """Whether there is an engine to ask; asking where there is none leaves a socket of the SDK."""
-    return "DOCKER_HOST" in os.environ or SOCKET.exists()
+    """Whether there may be containers of ours: the SDK that starts them, and an engine to ask.
+
+    Asking where there is no engine leaves a socket of the SDK open.
+    """
+    where = os.environ.get("DOCKER_HOST") or f"{UNIX}{SOCKET}"
+    is_there = not where.startswith(UNIX) or Path(where.removeprefix(UNIX)).exists()
+    return is_there and importlib.util.find_spec("docker") is not None
 
 
 def connect() -> "DockerClient":

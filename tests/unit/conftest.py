@@ -18,3 +18,9 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunDir]:
 def char_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A run of characters whose best checkpoint is not its newest."""
     return make_char_run(str(tmp_path_factory.mktemp("char") / "run"))
+
+
+@pytest.fixture(autouse=True)
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`status` and `stop` ask no Docker engine of this machine, whatever runs there."""
+    monkeypatch.setenv("DOCKER_HOST", "unix:///none/docker.sock")

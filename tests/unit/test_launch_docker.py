@@ -6,15 +6,19 @@ import json
 import re
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from docker.errors import APIError, ImageNotFound, NotFound
+from requests.exceptions import ReadTimeout
 
+import entrypoint
 from infra.launch import docker as launcher
 from infra.launch.base import IMAGE_NAME, Job, LaunchError, present_secrets
 from infra.launch.docker import DockerOptions, container_body, follow, how_it_ended, render
+from nanochat.rundir import RunDir, nanochat_home
 from nanochat.spec import RunSpec, load_spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +43,7 @@ class FakeContainer:
         self.labels = {launcher.LABEL: name.removeprefix("nanochat-")}
         self.attrs = {
             "State": {"Running": status == "running", "ExitCode": 0, **state},
+            "Config": {"StopTimeout": 125},
             "HostConfig": {"Memory": 0},
         }
         self.signals: list[str] = []
@@ -65,6 +70,12 @@ class FakeContainer:
         self.signals.append(name)
         if name == self.ends_on:
             self.ended.set()
+
+    def stop(self, timeout: int) -> None:
+        self.signals.append(f"SIGTERM, {timeout} s to the SIGKILL")
+        if not self.ends_on:
+            raise ReadTimeout("Read timed out.")
+        self.attrs["State"].update(Running=False, ExitCode=75)
 
     def wait(self) -> None: ...
 
@@ -263,6 +274,20 @@ def test_what_the_engine_refuses_comes_with_its_fix(
         launcher.submit(job(), DockerOptions())
 
 
+def test_an_engine_is_asked_where_its_socket_and_the_sdk_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    socket = tmp_path / "docker.sock"
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{socket}")
+    assert not launcher.has_engine()
+    socket.write_text("")
+    assert launcher.has_engine()
+    monkeypatch.setenv("DOCKER_HOST", "ssh://elsewhere")
+    assert launcher.has_engine()
+    monkeypatch.setattr(launcher.importlib.util, "find_spec", lambda _: None)
+    assert not launcher.has_engine()
+
+
 # The SDK leaves the socket of a failed connection to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_engine_says_how_to_start_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,6 +324,19 @@ def test_a_container_that_ignores_the_stop_is_ended_after_its_grace() -> None:
     assert container.signals[:2] == ["SIGTERM", "SIGKILL"]
 
 
+def test_stop_gives_the_container_the_time_that_it_was_made_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    container = FakeContainer("nanochat-smoke", "running")
+    monkeypatch.setattr(launcher, "connect", lambda: FakeEngine(container))
+    assert launcher.stop("smoke") == 75
+    assert container.signals == ["SIGTERM, 125 s to the SIGKILL"]
+    container.ends_on = ""
+    with pytest.raises(LaunchError, match="has stopped.*125 s.*docker kill nanochat-smoke") as e:
+        launcher.stop("smoke")
+    assert e.value.exit_code == 77
+
+
 @pytest.mark.parametrize(
     ("state", "memory_gib", "code", "words"),
     [
@@ -308,6 +346,9 @@ def test_a_container_that_ignores_the_stop_is_ended_after_its_grace() -> None:
         ({"ExitCode": 137, "OOMKilled": True}, 2, 77, r"limit of 2.0 GiB.*device_batch_size"),
         ({"ExitCode": 77, "OOMKilled": True}, 0, 77, "out of memory on this machine"),
         ({"ExitCode": 70, "OOMKilled": True}, 0, 70, "out of memory"),
+        ({"ExitCode": 0, "OOMKilled": True}, 2, 0, "exit code 0"),
+        ({"ExitCode": 75, "OOMKilled": True}, 2, 75, "exit code 75"),
+        ({"ExitCode": 76, "OOMKilled": True}, 2, 76, "exit code 76"),
         ({"ExitCode": 127, "Error": "exec: not found"}, 0, 78, "exec: not found"),
         ({"ExitCode": 0, "Running": True}, 0, 0, "is running"),
     ],
@@ -341,3 +382,81 @@ def test_the_spec_of_the_job_is_the_config_with_its_overrides() -> None:
     made = job('name="other"')
     assert isinstance(made.spec, RunSpec)
     assert launcher.container_name(made.name) == "nanochat-other"
+
+
+# -- status and stop
+
+
+@pytest.fixture
+def run_here() -> RunDir:
+    """An old run of the name smoke on this machine."""
+    run = RunDir(nanochat_home() / "runs" / "smoke")
+    run.create()
+    run.freeze_spec(load_spec(SMOKE))
+    run.freeze_plan({})
+    run.write_status({"name": "smoke", "state": "SUCCEEDED", "exit_code": 0, "heartbeat": 1e9})
+    return run
+
+
+def engine_with(monkeypatch: pytest.MonkeyPatch, *containers: FakeContainer) -> None:
+    monkeypatch.setattr(launcher, "has_engine", lambda: True)
+    monkeypatch.setattr(launcher, "connect", lambda: FakeEngine(*containers))
+
+
+def test_a_container_that_runs_comes_before_an_old_run_here(
+    run_here: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    container = FakeContainer("nanochat-smoke", "running")
+    engine_with(monkeypatch, container)
+    assert entrypoint.main(["status", "smoke"]) == 0
+    assert capsys.readouterr().out == "nanochat-smoke: is running\n"
+    assert entrypoint.main(["status", str(run_here.path)]) == 0
+    assert "SUCCEEDED" in capsys.readouterr().out, "a folder is that folder"
+    assert entrypoint.main(["stop", "smoke"]) == 75
+    assert len(container.signals) == 1
+
+
+def test_a_run_that_goes_on_here_comes_before_a_container(
+    run_here: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    container = FakeContainer("nanochat-smoke", "running")
+    engine_with(monkeypatch, container)
+    run_here.write_status({"name": "smoke", "state": "RUNNING", "heartbeat": time.time()})
+    assert entrypoint.main(["stop", "smoke"]) == 0
+    assert run_here.stop_request() is not None
+    assert container.signals == []
+    run_here.write_status({"name": "smoke", "state": "RUNNING", "heartbeat": time.time() - 60.0})
+    assert entrypoint.main(["stop", "smoke"]) == 75
+    assert len(container.signals) == 1, "killed long ago, its status still says RUNNING"
+
+
+def test_an_ended_container_does_not_hide_a_run_here(
+    run_here: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine_with(monkeypatch, FakeContainer("nanochat-smoke", "exited", ExitCode=78))
+    assert entrypoint.main(["status", "smoke"]) == 0
+    assert "SUCCEEDED" in capsys.readouterr().out
+
+
+def test_status_of_everything_has_the_containers_too(
+    run_here: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine_with(monkeypatch, FakeContainer("nanochat-d20", "exited", ExitCode=75))
+    assert entrypoint.main(["status", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(r["name"], r["exit_code"]) for r in rows] == [("smoke", 0), ("d20", 75)]
+    assert entrypoint.main(["status"]) == 0
+    assert "d20: ended with exit code 75" in capsys.readouterr().out
+
+
+def test_an_engine_that_refuses_is_told_with_the_fix(
+    run_here: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise LaunchError("no permission to use the Docker engine: usermod -aG docker")
+
+    monkeypatch.setattr(launcher, "has_engine", lambda: True)
+    monkeypatch.setattr(launcher, "connect", refuse)
+    for words, code in ((["stop", "nowhere"], 78), (["stop", "smoke"], 0), (["status"], 0)):
+        assert entrypoint.main(words) == code
+        assert "usermod -aG docker" in capsys.readouterr().err, words

@@ -101,6 +101,36 @@ def test_an_old_driver_is_an_unfit_node(
     [(code, text)] = messages(*d20(), RunDir(home / "runs/d20"))
     assert code == EXIT_UNFIT_NODE
     assert "580.65.06" in text and "13.0.48" in text
+    assert "make image REQUIREMENTS=requirements-cuda12.lock" in text
+    assert (REPO / "requirements-cuda12.lock").is_file()
+    monkeypatch.setattr(hardware, "driver_here", lambda: "470.82.01")
+    [(_, text)] = messages(*d20(), RunDir(home / "runs/d20"))
+    assert "REQUIREMENTS" not in text, "CUDA 12 does not run there either"
+
+
+def test_an_old_driver_is_told_first_and_its_code_wins(
+    home: Path, gpus: list[GpuHere], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever brings the data first has it on a machine where nothing can run."""
+    monkeypatch.setattr(hardware, "driver_here", lambda: "550.54.15")
+    monkeypatch.setattr(preflight, "missing_files", lambda _: {"data_fetch": ["a.parquet"]})
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
+    spec, plan = d20()
+    problems = preflight.preflight(spec, plan, RunDir(home / "runs/d20"))
+    assert [p.name for p in problems] == ["driver", "data", "volume"]
+    assert preflight.exit_code(problems) == EXIT_UNFIT_NODE
+    assert preflight.exit_code(problems[1:]) == EXIT_SPEC
+    facts = preflight.doctor(spec)
+    assert [f.name for f in facts].count("driver") == 1 and facts[0].name == "driver"
+    assert preflight.exit_code(facts) == EXIT_UNFIT_NODE
+
+
+def test_an_old_driver_does_not_matter_to_a_run_on_the_cpu(
+    home: Path, gpus: list[GpuHere], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "driver_here", lambda: "550.54.15")
+    spec = load_spec(REPO / "configs/e2e.toml")
+    assert messages(spec, make_plan(spec), RunDir(home / "runs/e2e")) == []
 
 
 def test_little_shared_memory_is_an_unfit_node(
