@@ -96,6 +96,13 @@ def build_parser() -> Parser:
     p = verbs.add_parser("reap", parents=[as_json], help="end pods that are past their budget")
     p.add_argument("--dry-run", action="store_true", help="say what would be ended")
     p.add_argument("--every", type=float, metavar="S", help="look again every S seconds, for ever")
+    p.add_argument(
+        "--max-age-h",
+        type=float,
+        default=48.0,
+        metavar="H",
+        help="also end pods older than this whose budget is not known here (default: 48)",
+    )
 
     p = verbs.add_parser("pull", parents=[a_run, as_json], help="bring the weights of a run")
     p.add_argument("--best", action="store_true", help="lowest validation loss, not the newest")

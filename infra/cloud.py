@@ -133,7 +133,7 @@ def reap_verb(args: argparse.Namespace) -> tuple[int, list[reap.Row]]:
     api = runpod_pod.connect_or_explain()
     while True:
         try:
-            rows = reap.reap(api, args.dry_run)
+            rows = reap.reap(api, args.dry_run, max_age_h=args.max_age_h)
         except ProviderError as e:
             if args.every is None:
                 raise LaunchError(str(e), EXIT_UNFIT_NODE) from None

@@ -4,6 +4,7 @@
   this machine remembers, and where SkyPilot has made it by our image; what is not ours is never
   touched.
 * It trusts nobody's ledger: what a pod has cost is its price times its age.
+* A plain `sky launch` tells nobody what its run may cost: such a pod may reach an age, and no more.
 * A refused end is asked for again; what still stands afterwards is said, with exit code 1.
 """
 
@@ -28,6 +29,8 @@ GONE_S = 900.0
 than the ten minutes between two looks of a cron line."""
 BOOT_S = 1200.0
 """A pod that after this time has no address will not come up: image pulls take minutes."""
+MAX_AGE_H = 48.0
+"""Of a pod whose budget nobody here knows; the longest run of sky/*.yaml has 46 hours."""
 ATTEMPTS = 4
 RETRY_S = 3.0
 
@@ -112,9 +115,14 @@ def cost_of(
 ) -> float:
     """Dollars that a pod has cost at most: its age by its label or as it was seen, or what is
     billed, at the highest price that was seen."""
+    hours = _age_s(pod, now, born_seen) / 3600.0
+    return hours * max(pod.usd_per_hour, highest_usd_per_hour)
+
+
+def _age_s(pod: Pod, now: float, born_seen: float | None = None) -> float:
+    """Seconds since a pod was born, by its label or as it was seen, or for which it is billed."""
     born = _number(pod.labels.get("born"), born_seen)
-    lived_s = pod.uptime_s if born is None else max(pod.uptime_s, now - born)
-    return lived_s / 3600.0 * max(pod.usd_per_hour, highest_usd_per_hour)
+    return pod.uptime_s if born is None else max(pod.uptime_s, now - born)
 
 
 def note_gone(pods: Iterable[Pod], file: Path | None = None) -> None:
@@ -130,9 +138,11 @@ def reap(
     dry_run: bool = False,
     file: Path | None = None,
     sleep: Callable[[float], None] = time.sleep,
+    max_age_h: float = MAX_AGE_H,
 ) -> list[Row]:
     """Look once at every pod of ours and end those that must not live.
 
+    max_age_h: most hours of a pod that has neither a label nor a budget that is remembered here.
     Raises ProviderError where the provider does not even list them.
     """
     remembered = _lives(read_jsonl(file or launches_file()))
@@ -148,7 +158,14 @@ def reap(
         now = time.time()
         usd = cost_of(pod, now, *((life.usd_per_hour, life.born) if life else ()))
         reason = why_end(pod, usd, max_usd, now)
-        action, message = "kept", "within its budget" if max_usd else "has no budget that is known"
+        action, message = "kept", "within its budget" if max_usd else "has no budget"
+        if max_usd is None and not pod.labels:  # a launcher's label would tell of a budget
+            message = f"its budget is not known here, so it may live for {max_age_h:g} h"
+            if reason is None and _age_s(pod, now, life.born if life else None) > 3600 * max_age_h:
+                reason = (
+                    f"its budget is not known here, and it is older than {max_age_h:g} h "
+                    "(--max-age-h); the last checkpoint is on its volume"
+                )
         if reason is not None:
             action, message = ("would end", reason) if dry_run else _end(api, pod, reason, sleep)
         note_launch(
@@ -177,8 +194,7 @@ def why_end(pod: Pod, usd: float, max_usd: float | None, now: float) -> str | No
     until = _number(pod.labels.get("until"))
     if until is not None and now >= until:
         return "its hours are over"
-    born = _number(pod.labels.get("born"))
-    age_s = max(pod.uptime_s, 0.0 if born is None else now - born)
+    age_s = _age_s(pod, now)
     if pod.address is None and age_s > BOOT_S:
         return f"it has not come up in {age_s / 60:.0f} min"
     return None

@@ -1,12 +1,17 @@
 """`reap` ends what is ours and past its bound, and nothing else."""
 
+import re
 import time
 from pathlib import Path
 
 import pytest
 
+from entrypoint import build_parser
 from infra import reap
 from infra.runpod_api import Pod, ProviderError
+from nanochat.spec import load_spec
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def pod(pod_id: str = "p", age_s: float = 3600.0, status: str = "RUNNING", **labels: str) -> Pod:
@@ -76,6 +81,38 @@ def test_pods_of_skypilot_are_known_by_our_image(file: Path) -> None:
     file.unlink()
     for name, of in ((ours, "me/not-nanochat:1"), ("my-pod", image), (ours, "nanochat-ui")):
         assert actions(made(name, of), file) == []
+
+
+def test_a_pod_of_a_plain_sky_launch_may_reach_an_age_and_is_told_of_it(file: Path) -> None:
+    """Nobody here knows its budget: neither a label nor a launch that is remembered tells it."""
+
+    def look(age_h: float, max_age_h: float = reap.MAX_AGE_H, **labels: str) -> reap.Row:
+        age_s, address, image = age_h * 3600.0, ("127.0.0.1", 22), "me/nanochat:1"
+        made = Pod(
+            "x", "d20-0a1b2c3d-head", "RUNNING", 20.0, age_h * 3600.0, labels, address, image
+        )
+        (row,) = reap.reap(Account(made), False, file, lambda _: None, max_age_h)
+        return row
+
+    young = look(47.0)
+    assert young.action == "kept" and "may live for 48 h" in young.message
+    old = look(49.0)
+    assert old.action == "ended" and "older than 48 h (--max-age-h)" in old.message
+    file.unlink()
+    assert look(49.0, max_age_h=100.0).action == "kept"
+    assert look(2.0, max_age_h=1.0).action == "ended"
+    file.unlink()
+    assert look(9999.0, run="a").message == "has no budget", "as its launcher was told"
+    file.unlink()
+    reap.note_launch("made", "d20", "x", file, usd_per_hour=20.0, max_usd=1e6)
+    assert look(49.0).message == "within its budget"
+
+
+def test_the_flag_s_default_is_that_of_reap_and_longer_than_every_run() -> None:
+    assert build_parser().parse_args(["reap"]).max_age_h == reap.MAX_AGE_H
+    said = "".join(path.read_text() for path in (ROOT / "sky").glob("*.yaml"))
+    specs = [load_spec(ROOT / name) for name in set(re.findall(r"@(configs/\S+\.toml)", said))]
+    assert 40 < max(spec.budget.max_hours or 0.0 for spec in specs) < reap.MAX_AGE_H - 1
 
 
 def test_a_refusal_is_asked_again_and_then_said(file: Path) -> None:
