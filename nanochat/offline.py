@@ -32,9 +32,9 @@ def install_guard() -> None:
     peers = _peers()
 
     def guard(event: str, args: tuple[Any, ...]) -> None:
-        if event == "socket.getaddrinfo":
+        if event in ("socket.getaddrinfo", "socket.gethostbyname"):
             host = args[0]
-        elif event in ("socket.connect", "socket.sendto"):
+        elif event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
             if not isinstance(args[1], tuple):
                 return
             host = args[1][0]

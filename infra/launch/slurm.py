@@ -11,6 +11,7 @@ import contextlib
 import getpass
 import importlib.metadata
 import json
+import os
 import re
 import shlex
 import shutil
@@ -25,7 +26,7 @@ from typing import Any, TextIO
 import jinja2
 
 from infra.launch.base import Job, LaunchError, Rendered, worst_case_usd
-from nanochat.rundir import EXIT_DONE, EXIT_UNFIT_NODE, RunDir, read_jsonl
+from nanochat.rundir import EXIT_DONE, EXIT_UNFIT_NODE, RunDir, nanochat_home, read_jsonl
 from nanochat.spec import RunSpec, Slurm, spec_from_json
 
 FIELDS = tuple(Slurm.model_fields)
@@ -33,11 +34,13 @@ FIELDS = tuple(Slurm.model_fields)
 TEMPLATE = Path(__file__).resolve().parent.parent / "slurm" / "job.sbatch.j2"
 CPUS_PER_GPU = 8
 """Loader, compile workers and NCCL's threads of one rank."""
-MOST_EXCLUDED = 2
-"""Nodes that a chain avoids before it takes the fault for its own."""
+MOST_UNFIT = 2
+"""Jobs that find their nodes unfit before a chain takes the fault for its own."""
 KILL_WAIT_S = 30
 """SLURM's default from the end of the wall time to SIGKILL."""
 MODULES = ("apptainer", "singularity")
+SEEN_QUEUE = "NANOCHAT_SQUEUE"
+"""The variable in which nanochat.sh hands the queue into the SIF."""
 COMMAND_TIMEOUT_S = 60.0
 END_OF_JOB_S = 30.0
 """From the end of a run to that of its job."""
@@ -115,6 +118,9 @@ def outlook(spec: RunSpec, plan: Mapping[str, Any]) -> Outlook:
 def with_fields(spec: RunSpec, fields: Mapping[str, Any]) -> RunSpec:
     """The spec with what the command line says of the cluster. Raises SpecError."""
     given = {name: value for name, value in fields.items() if value is not None}
+    memory = given.get("memory_gib")  # of a container it may be a fraction; SLURM takes whole ones
+    if isinstance(memory, float) and memory.is_integer():
+        given["memory_gib"] = int(memory)
     tree = json.loads(spec.model_dump_json())
     return spec_from_json(json.dumps(tree | {"slurm": tree["slurm"] | given}), "the command line")
 
@@ -157,7 +163,7 @@ def render(job: Job, user: str = "") -> Rendered:
         log=f'"{log}"',
         max_jobs=slurm.max_jobs,
         requeue=slurm.requeue,
-        most_excluded=MOST_EXCLUDED,
+        most_unfit=MOST_UNFIT,
         modules=[slurm.module] if slurm.module else MODULES,
         gpus=_uses_gpus(job),
         nodes=slurm.nodes,
@@ -185,7 +191,7 @@ def submit(job: Job, out: TextIO = sys.stderr) -> int:
         )
     user = _command(host, ["id", "-un"]).strip() if host else getpass.getuser()
     rendered = render(job, user)
-    for entry in queue(job.name, host):
+    for entry in queue(job.name, host, user):
         raise LaunchError(
             f"{job.name} is queued already: {entry.render()}. scancel {entry.job_id} ends it, and "
             "for a second run give another name in the spec"
@@ -198,15 +204,18 @@ def submit(job: Job, out: TextIO = sys.stderr) -> int:
     return EXIT_DONE
 
 
-def queue(run_name: str, host: str | None = None) -> list[QueueEntry]:
-    """Jobs of a run that wait or run, the oldest first; empty where there is no SLURM."""
+def queue(run_name: str, host: str | None = None, user: str = "") -> list[QueueEntry]:
+    """Jobs of a user's run that wait or run, the oldest first; empty where there is no SLURM.
+
+    user: whose account it is on the host; unset: this process's.
+    """
     if host is None and shutil.which("squeue") is None:
-        return []
+        return _queue_seen(run_name)
     form = "%i|%T|%R|%S|%L|%P"
     mine = ["squeue", "--noheader", "--sort=i", f"--name={job_name(run_name)}"]
-    me = [] if host else [f"--user={getpass.getuser()}"]
+    mine.append(f"--user={user or getpass.getuser()}")
     entries = []
-    for line in _command(host, [*mine, *me, f"--format={form}"]).splitlines():
+    for line in _command(host, [*mine, f"--format={form}"]).splitlines():
         job_id, state, reason, start, left, partition = line.strip().split("|")
         ahead = _num_ahead(job_id, partition, host) if state == "PENDING" else None
         known = None if start == "N/A" else start
@@ -214,13 +223,38 @@ def queue(run_name: str, host: str | None = None) -> list[QueueEntry]:
     return entries
 
 
+def _queue_seen(run_name: str) -> list[QueueEntry]:
+    """The jobs that nanochat.sh has seen outside the SIF, in which there is no squeue.
+
+    One per `;`: name|id|state|reason or nodes|start|time left|jobs ahead, the last may be empty.
+    """
+    entries = []
+    for row in filter(None, os.environ.get(SEEN_QUEUE, "").split(";")):
+        name, job_id, state, reason, start, left, ahead = row.split("|")
+        if name == run_name:
+            known = None if start == "N/A" else start
+            num_ahead = int(ahead) if ahead else None
+            entries.append(QueueEntry(job_id, state, reason, known, left, num_ahead))
+    return entries
+
+
 def chain(run_dir: RunDir) -> dict[str, Any] | None:
-    """How far the chain of jobs has come, from the lines that its batch shells have written."""
+    """How far the chain of jobs has come, from the lines that its batch shells have written.
+
+    exit_code and reason are None where the last job has not ended.
+    """
     events = list(read_jsonl(run_dir.path / "slurm.jsonl"))
     if not events:
         return None
     last = events[-1]
-    return {"jobs": last["jobs"], "job": last["job"], "host": last["host"], "last": last["event"]}
+    return {
+        "jobs": last["jobs"],
+        "job": last["job"],
+        "host": last["host"],
+        "last": last["event"],
+        "exit_code": last["exit_code"],
+        "reason": last.get("reason") or None,
+    }
 
 
 def end_jobs(run_name: str, wait_s: float = END_OF_JOB_S) -> list[str]:
@@ -241,7 +275,8 @@ def end_jobs(run_name: str, wait_s: float = END_OF_JOB_S) -> list[str]:
 def describe(run_name: str, run_dir: RunDir | None) -> dict[str, Any] | None:
     """What `status` adds for a run that SLURM has to do with: queue and chain; else None."""
     entries: Sequence[QueueEntry] = ()
-    is_unseen = shutil.which("squeue") is None  # inside the SIF: nanochat.sh has asked outside
+    # Inside the SIF nanochat.sh has asked outside, and told people itself.
+    is_unseen = shutil.which("squeue") is None and SEEN_QUEUE not in os.environ
     with contextlib.suppress(LaunchError):  # a controller that does not answer hides no run
         entries = queue(run_name)
     found = chain(run_dir) if run_dir else None
@@ -251,6 +286,36 @@ def describe(run_name: str, run_dir: RunDir | None) -> dict[str, Any] | None:
         "queue": [vars(e) for e in entries],
         "chain": found,
         "message": "; ".join(e.render() for e in entries) or (None if is_unseen else "not queued"),
+    }
+
+
+def unstarted(run: str) -> dict[str, Any] | None:
+    """Status of a run without spec.json: queued, or refused before its first step; else None.
+
+    run: its name, or a folder. What a refused job leaves there is slurm.jsonl with the reason.
+    """
+    places = (Path(run), nanochat_home() / "runs" / run)
+    run_dir = next((RunDir(p) for p in places if (p / "slurm.jsonl").is_file()), None)
+    name = run_dir.path.name if run_dir else run
+    found = describe(name, run_dir)
+    if found is None:
+        return None
+    state, exit_code, message = "PENDING", None, found["message"]
+    last = found["chain"]
+    if last is not None and not found["queue"]:
+        where = f"job {last['job']} on {last['host']}"
+        exit_code = last["exit_code"]
+        if exit_code is None:
+            message = f"{where} has begun, and not yet got as far as the first stage"
+        else:
+            state = "FAILED"
+            message = f"{where} has ended with {exit_code}: {last['reason'] or 'see its log'}"
+    return {
+        "name": name,
+        "state": state,
+        "exit_code": exit_code,
+        "message": message,
+        "slurm": found,
     }
 
 

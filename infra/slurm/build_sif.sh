@@ -4,7 +4,7 @@
 # It takes twice the size of the image beside the SIF meanwhile; nothing is left in home or /tmp.
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,4s/^# //p' "$0" >&2; exit 78; }
-source=$1 sif=$2
+source=$1 sif=$(realpath -m "$2")     # folders below it go to Apptainer, which wants them absolute
 shift 2
 recipe=$(dirname "$0")/../../apptainer.def
 if ! apptainer=$(command -v apptainer || command -v singularity); then

@@ -7,9 +7,10 @@ set -euo pipefail
 
 fail() { echo "nanochat.sh: $2" >&2; exit "$1"; }
 
+user=$(id -un)                            # $USER is not set everywhere: cron, srun --export=NONE
 home=${NANOCHAT_HOME:-}
 [ "$(basename "$home")" = nanochat ] ||
-  fail 78 "set NANOCHAT_HOME to a folder called nanochat on scratch, e.g. /scratch/$USER/nanochat; it is '$home'"
+  fail 78 "set NANOCHAT_HOME to a folder called nanochat on scratch, e.g. /scratch/$user/nanochat; it is '$home'"
 scratch=$(dirname "$home")
 [ -w "$scratch/." ] || fail 78 "$scratch is not a folder that can be written"
 sif=${NANOCHAT_SIF:-$scratch/nanochat.sif}
@@ -36,26 +37,42 @@ nanochat() {
   "$apptainer" --quiet exec "${options[@]}" --pwd "$PWD" "$sif" nanochat "$@"
 }
 
-in_queue() {  # a run's name, or nothing for all: one line per job, with its place in the queue
+# Jobs of a run, or of all: name|id|state|reason or nodes|start|time left|jobs ahead
+queue_rows() {
   local id job state why start left partition nodes ahead
   command -v squeue > /dev/null || return 0
-  squeue --noheader --user="$USER" --sort=i ${1:+"--name=nanochat-$1"} \
+  squeue --noheader --user="$user" --sort=i ${1:+"--name=nanochat-$1"} \
     --format='%i|%j|%T|%r|%S|%L|%P|%N' |
     while IFS='|' read -r id job state why start left partition nodes; do
       [[ $job == nanochat-* ]] || continue
+      ahead=
       if [ "$state" = PENDING ]; then
         ahead=$(squeue --noheader --states=PENDING --partition="$partition" --sort=-p,i --format=%i |
           sed "/^$id\$/q" | grep -cvx "$id" || true)
-        echo "${job#nanochat-}: job $id PENDING ($why), $ahead jobs ahead, start $start"
       else
-        echo "${job#nanochat-}: job $id $state on $nodes, $left of it left"
+        why=$nodes
       fi
+      echo "${job#nanochat-}|$id|$state|$why|$start|$left|$ahead"
     done
+}
+
+in_queue() {  # the same for people
+  local name id state why start left ahead
+  queue_rows "$1" | while IFS='|' read -r name id state why start left ahead; do
+    if [ "$state" = PENDING ]; then
+      echo "$name: job $id PENDING ($why), $ahead jobs ahead, start $start"
+    else
+      echo "$name: job $id $state on $why, $left of it left"
+    fi
+  done
 }
 
 words=" $* "
 name=                                   # of a run, where the verb is about one
-[[ "${2:--}" == -* ]] || name=$(basename "$2")
+case "${1:-}" in
+  status | stop) for word in "${@:2}"; do [[ $word == -* ]] || name=$(basename "$word"); done ;;
+esac
+has_begun() { [ -f "$home/runs/$name/spec.json" ]; }    # a refused job leaves only slurm.jsonl there
 if [ "${1:-}" = launch ] && [[ $words == *" --to slurm "* || $words == *" --to=slurm "* ]]; then
   [[ $words == *" --scratch"* ]] || set -- "$@" --scratch "$scratch"
   [[ $words == *" --sif"* ]] || set -- "$@" --sif "$sif"
@@ -65,30 +82,39 @@ if [ "${1:-}" = launch ] && [[ $words == *" --to slurm "* || $words == *" --to=s
   fi
   script=$(nanochat "$@" --dry-run)
   job_name=$(sed -n 's/^#SBATCH --job-name=//p' <<< "$script")
-  queued=$(squeue --noheader --user="$USER" --name="$job_name" --format='job %i is %T')
+  queued=$(squeue --noheader --user="$user" --name="$job_name" --format='job %i is %T')
   [ -z "$queued" ] || fail 78 "${job_name#nanochat-} is queued already: $queued. scancel ends it; for a second run give another name in the spec"
   job=$(sbatch --parsable <<< "$script")
   sed -n 's/^# Plan: //p' <<< "$script"
   echo "job ${job%%;*} is queued; $0 status ${job_name#nanochat-}, tail -F $scratch/$job_name-${job%%;*}.out"
-elif [ "${1:-}" = status ] && [[ $words != *" --json "* ]]; then
+elif [ "${1:-}" = status ] && [[ $words == *" --json "* ]]; then
+  if command -v squeue > /dev/null; then
+    APPTAINERENV_NANOCHAT_SQUEUE=$(queue_rows "$name" | paste -sd ';' -)
+    export APPTAINERENV_NANOCHAT_SQUEUE
+  fi
+  nanochat "$@"
+elif [ "${1:-}" = status ]; then
   lines=$(in_queue "$name")
   [ -z "$lines" ] || printf 'queue:\n%s\n\n' "$lines"
   # A run that has not begun has nothing else to tell.
-  if [ -z "$lines" ] || [ -z "$name" ] || [ -d "$home/runs/$name" ]; then nanochat "$@"; fi
+  if [ -z "$lines" ] || [ -z "$name" ] || has_begun; then nanochat "$@"; fi
 elif [ "${1:-}" = stop ] && [ -n "$name" ]; then
-  if [ -d "$home/runs/$name" ]; then nanochat "$@"; fi
-  # Its job ends by itself then; one that waits in the queue, or has not got as far, does not.
+  code=0
+  if has_begun; then nanochat "$@" || code=$?; fi
+  # Its job ends by itself then. One that waits in the queue, has not got as far, or is on a dead
+  # node does not, and would go on with the run.
   for _ in {1..30}; do
     jobs=$(in_queue "$name")
-    [[ "$jobs" == *" RUNNING "* || "$jobs" == *" COMPLETING "* ]] || break
+    [[ $code = 0 && ($jobs == *" RUNNING "* || $jobs == *" COMPLETING "*) ]] || break
     sleep 1
   done
   if [ -n "$jobs" ]; then
-    scancel --user="$USER" --name="nanochat-$name"
+    scancel --user="$user" --name="nanochat-$name"
     echo "cancelled $jobs"
-  elif [ ! -d "$home/runs/$name" ]; then
-    nanochat "$@"
+  elif ! has_begun; then
+    nanochat "$@" || code=$?
   fi
+  exit "$code"
 else
   nanochat "$@"
 fi

@@ -1,8 +1,10 @@
 """The SLURM launcher: its script against golden files, shellcheck, and stand-ins for SLURM's
 commands; tests/e2e/test_slurm.py has the real ones."""
 
+import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import entrypoint
-from infra import planner, sync
+from infra import planner, verbs
 from infra.hardware import parse_offer
 from infra.launch import slurm
 from infra.launch.base import Job, LaunchError
@@ -76,15 +78,25 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+PTOLEMY = "ptolemy_d20"
+
+
 def rendered(case: str, folder: Path) -> str:
-    fields, plan = CASES[case]
-    made = job(folder, fields, "base_train.num_steps=7", 'name="it-is"', plan=plan)
+    if case == PTOLEMY:
+        config = ROOT / "configs" / f"{PTOLEMY}.toml"
+        fields = {"scratch": "/scratch/$USER", "account": "class", "partition": "gpu-a100"}
+        spec = slurm.with_fields(load_spec(config, []), fields)
+        made = Job(config=str(config), overrides=(), spec=spec, plan=GPU_PLAN)
+        folder = ROOT
+    else:
+        fields, plan = CASES[case]
+        made = job(folder, fields, "base_train.num_steps=7", 'name="it-is"', plan=plan)
     text = slurm.render(made, "student").dry_run()
     version = slurm.importlib.metadata.version("nanochat-kit")
     return text.replace(version, "VERSION").replace(str(folder), "/folder") + "\n"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, PTOLEMY])
 def test_the_script_is_the_golden_one(case: str, tmp_path: Path) -> None:
     golden = GOLDEN / f"slurm_{case}.sbatch"
     if os.environ.get("UPDATE_GOLDEN"):
@@ -92,7 +104,7 @@ def test_the_script_is_the_golden_one(case: str, tmp_path: Path) -> None:
     assert rendered(case, tmp_path) == golden.read_text()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, PTOLEMY])
 def test_the_script_passes_shellcheck(case: str, tmp_path: Path) -> None:
     if shutil.which("shellcheck") is None:
         assert not os.environ.get("CI"), "CI installs shellcheck"
@@ -102,6 +114,21 @@ def test_the_script_passes_shellcheck(case: str, tmp_path: Path) -> None:
     scripts = [script, *(ROOT / "infra" / "slurm").glob("*.sh")]
     checked = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
+
+
+def test_a_gpu_node_is_asked_for_whole(tmp_path: Path) -> None:
+    lines = rendered(PTOLEMY, tmp_path).splitlines()
+    wanted = ["gres=gpu:8", "cpus-per-task=64", "mem=0", "time=12:00:00", "signal=B:USR2@150"]
+    assert {f"#SBATCH --{option}" for option in wanted} <= set(lines)
+    assert any(line.startswith("container=(") and " --nv " in line for line in lines)
+
+
+def test_a_memory_of_the_command_line_is_sbatchs(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["launch", "@configs/e2e.toml", "--to", "slurm", "--scratch", "/s", "--dry-run"]
+    assert entrypoint.main([*words, "--memory-gib", "16"]) == 0
+    assert "#SBATCH --mem=16G\n" in capsys.readouterr().out
+    assert entrypoint.main([*words, "--memory-gib", "1.5"]) == 78
+    assert "memory_gib" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -263,7 +290,7 @@ def test_the_container_sees_scratch_and_nothing_else(shell: Shell) -> None:
     assert "apptainer --quiet exec --containall --no-home" in call
     assert call.count("--bind") == 1 and f"--bind {scratch} " in call
     assert "NANOCHAT_OFFLINE=1" in call and "secret" not in call
-    assert f"nanochat run @{scratch}/nanochat/toy.1000.toml" in call
+    assert f"nanochat run @{scratch}/nanochat/toy.toml" in call
 
 
 def test_the_spec_arrives_unchanged(shell: Shell) -> None:
@@ -273,6 +300,14 @@ def test_the_spec_arrives_unchanged(shell: Shell) -> None:
     )
     assert shell.run().returncode == 0
     assert (shell.folder / "got").read_text() == TOY
+
+
+@pytest.mark.parametrize(("code", "stays"), [("0", False), ("75", False), ("78", True)])
+def test_a_refused_spec_stays_for_the_command_that_names_it(
+    shell: Shell, code: str, stays: bool
+) -> None:
+    shell.run(CODE=code)
+    assert (shell.folder / "scratch" / "nanochat" / "toy.toml").exists() == stays
 
 
 def signalled(shell: Shell, signum: int, *args: str, **env: str) -> tuple[int, str]:
@@ -303,7 +338,7 @@ def test_where_requeueing_is_refused_the_next_job_is_submitted(shell: Shell) -> 
     code, output = signalled(shell, signal.SIGUSR2, "1", "c7", NO_REQUEUE="1")
     assert (code, "goes on in job 1001" in output) == (75, True), output
     (call,) = [c for c in shell.calls() if c.startswith("sbatch")]
-    assert call == f"sbatch --parsable --exclude=c7 {shell.script} 2 c7"
+    assert call == f"sbatch --parsable --exclude=c7 {shell.script} 2 c7 0"
 
 
 @pytest.mark.parametrize(("before", "restarts"), [("0", "3"), ("3", "0"), ("1", "2")])
@@ -344,17 +379,21 @@ def test_a_job_cancelled_after_slurms_signal_is_not_requeued(shell: Shell) -> No
     assert "scontrol requeue 1000" not in shell.calls()
 
 
-def test_an_unfit_node_is_avoided_at_most_twice(shell: Shell) -> None:
-    excluded = ""
-    for jobs in ("1", "2"):
-        assert shell.run(str(int(jobs) - 1), excluded, CODE="77").returncode == 77
+@pytest.mark.parametrize("nodes", ["c1", "c[1-2]", "c[1,3]"])
+def test_unfit_nodes_are_avoided_at_most_twice(shell: Shell, nodes: str) -> None:
+    """However SLURM writes them: c[1,3] is one job's nodes, and so is c[1-2]."""
+    args = ["0", "", "0"]
+    for jobs in (1, 2):
+        ended = shell.run(*args, CODE="77", SLURM_JOB_NODELIST=nodes)
+        assert ended.returncode == 77, ended.stderr
         last = [c for c in shell.calls() if c.startswith("sbatch")][-1]
-        excluded = f"{excluded},c1" if excluded else "c1"
-        assert last == f"sbatch --parsable --exclude={excluded} {shell.script} {jobs} {excluded}"
+        excluded = f"{args[1]},{nodes}" if args[1] else nodes
+        args = [str(jobs), excluded, str(jobs)]
+        assert last == f"sbatch --parsable --exclude={excluded} {shell.script} {' '.join(args)}"
     submitted = sum(c.startswith("sbatch") for c in shell.calls())
-    assert shell.run("2", "c1,c1", CODE="77").returncode == 77
+    assert shell.run(*args, CODE="77", SLURM_JOB_NODELIST=nodes).returncode == 77
     assert sum(c.startswith("sbatch") for c in shell.calls()) == submitted
-    assert "unfit on c1 too" in shell.comment()
+    assert f"unfit on {nodes} too" in shell.comment()
 
 
 @pytest.mark.parametrize(
@@ -379,6 +418,79 @@ def test_the_comment_has_the_reason_that_the_run_gave(shell: Shell) -> None:
     assert chain is not None and (chain["jobs"], chain["last"]) == (1, "end")
 
 
+@pytest.mark.parametrize("is_there", [True, False], ids=["by_the_run", "without_a_sif"])
+def test_status_knows_why_a_run_never_began(
+    shell: Shell,
+    is_there: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    why = 'data: a\tb "c" \\n: nanochat fetch @x \'name="toy"\''
+    (shell.folder / "scratch" / "nanochat-toy-1000.out").write_text(f"{why}\n")
+    if not is_there:
+        (shell.folder / "scratch" / "nanochat.sif").unlink()
+        why = "there is no image"
+    assert shell.run(CODE="78").returncode == 78
+    monkeypatch.setenv("NANOCHAT_HOME", str(shell.folder / "scratch" / "nanochat"))
+    assert entrypoint.main(["status", "toy"]) == 78
+    assert "has ended with 78: " + why.replace("\t", " ") in capsys.readouterr().out
+    assert entrypoint.main(["status", "toy", "--json"]) == 78
+    told = json.loads(capsys.readouterr().out)
+    assert (told["state"], told["exit_code"], told["slurm"]["chain"]["job"]) == (
+        "FAILED",
+        78,
+        "1000",
+    )
+    # Launched again, and seen outside the SIF by nanochat.sh:
+    seen = "other|8|RUNNING|c2|x|1:00|;toy|1001|PENDING|Resources, or so|N/A|12:00:00|3"
+    monkeypatch.setenv(slurm.SEEN_QUEUE, seen)
+    assert entrypoint.main(["status", "toy", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["state"], told["exit_code"]) == ("PENDING", None)
+    (waiting,) = told["slurm"]["queue"]
+    assert (waiting["job_id"], waiting["num_ahead"], waiting["start"]) == ("1001", 3, None)
+
+
+def test_the_command_for_missing_data_can_be_pasted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NANOCHAT_HOME", str(tmp_path))
+    spec = ["@configs/e2e.toml", 'name="it-is"', 'evaluate.tasks=["copying", "gsm8k"]']
+    assert entrypoint.main(["run", *spec]) == 78
+    said = capsys.readouterr().err
+    _, found, command = said.rpartition("nanochat fetch ")
+    assert found, said
+    assert shlex.split(command.strip()) == spec
+    assert entrypoint.main(["fetch", *shlex.split(command), "--check"]) == 78
+    assert "gsm8k" in "".join(capsys.readouterr())
+
+
+def test_over_ssh_only_the_users_own_jobs_are_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A classmate's run of the same name is queued; `student` is who ssh logs in as."""
+    tools = {
+        "ssh": 'eval "${@: -1}"',
+        "id": "echo student",
+        "squeue": f'case "$*" in *--user=student*) cat {tmp_path}/mine ;; '
+        "*) echo '9|PENDING|(Priority)|N/A|1:00|gpu' ;; esac",
+        "sbatch": "echo 1001",
+    }
+    for name, body in tools.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "mine").write_text("")
+    (tmp_path / "nanochat.sif").write_text("")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    made = job(tmp_path, {"scratch": str(tmp_path), "ssh": "student@login"})
+    said = io.StringIO()
+    assert slurm.submit(made, said) == 0
+    assert "job 1001 is queued" in said.getvalue()
+    (tmp_path / "mine").write_text("8|RUNNING|c1|x|1:00|gpu\n")
+    with pytest.raises(LaunchError, match="queued already: job 8"):
+        slurm.submit(made, said)
+
+
 def test_stop_ends_what_waits_in_the_queue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -396,76 +508,11 @@ def test_stop_ends_what_waits_in_the_queue(
     assert calls.read_text() == "1000\n"
     assert "cancelled job 1000" in capsys.readouterr().err
     assert entrypoint.main(["stop", "only-queued"]) == 78  # there is none of that name any more
-
-
-@pytest.fixture
-def login_node(tmp_path: Path) -> dict[str, str]:
-    """Environment of a login node with stand-ins: two jobs of ours wait behind others or run."""
-    tools, scratch = tmp_path / "bin", tmp_path / "scratch"
-    for folder in (tools, scratch / "nanochat" / "runs" / "b"):
-        folder.mkdir(parents=True)
-    (scratch / "nanochat.sif").write_text("")
-    waiting = "7|nanochat-a|PENDING|Priority|N/A|1:00|gpu|"
-    running = "8|nanochat-b|RUNNING|None|x|1:00|gpu|c1"
-    for name, body in {
-        "apptainer": 'words="$*"; echo "nanochat ${words##* nanochat }"',
-        "scancel": f'echo "scancel $*"; touch {tmp_path}/cancelled',
-        "squeue": f'[ ! -e {tmp_path}/cancelled ] || exit 0\ncase "$*" in '
-        f'*name=nanochat-a*i\\|*) echo "{waiting}" ;; *name=nanochat-none*) ;; '
-        f'*i\\|*) printf "%s\\n" "{waiting}" "{running}" 9 ;; '
-        "*) printf '%s\\n' 3 5 7 ;; esac",
-    }.items():
-        (tools / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tools / name).chmod(0o755)
-    path = f"{tools}:{os.environ['PATH']}"
-    return {"PATH": path, "USER": "student", "NANOCHAT_HOME": str(scratch / "nanochat")}
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("status", ["a: job 7 PENDING (Priority), 2 jobs ahead", "b: job 8 RUNNING", "nanochat"]),
-        ("status a", ["a: job 7 PENDING (Priority), 2 jobs ahead"]),
-        ("stop a", ["scancel --user=student --name=nanochat-a", "cancelled a: job 7"]),
-        ("stop none", ["nanochat stop none"]),
-        ("plan @configs/smoke.toml", ["nanochat plan @configs/smoke.toml"]),
-    ],
-)
-def test_the_login_nodes_script(login_node: dict[str, str], words: str, said: list[str]) -> None:
-    script = ROOT / "infra" / "slurm" / "nanochat.sh"
-    done = subprocess.run(
-        ["bash", script, *words.split()], env=login_node, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line and line != "queue:"]
-    assert len(lines) == len(said), done.stdout
-    for line, start in zip(lines, said, strict=True):
-        assert line.startswith(start)
-
-
-# -- sync
-
-
-def test_sync_pushes_what_is_not_pushed_and_keeps_what_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "k")
-    for name, synced in (("1", True), ("2", False), ("3", False)):
-        part = tmp_path / "wandb" / f"offline-run-{name}-abc"
-        part.mkdir(parents=True)
-        (part / f"run-abc.wandb{'.synced' if synced else ''}").write_text("")
-    tool = tmp_path / "wandb-stand-in"
-    tool.write_text('#!/bin/bash\necho "$@" >> "$(dirname "$0")/calls"\n[[ "$2" != *run-3* ]]\n')
-    tool.chmod(0o755)
-    pushed = sync.push(RunDir(tmp_path), (str(tool),))
-    assert (pushed.pushed, pushed.waiting) == (["offline-run-2-abc"], ["offline-run-3-abc"])
-    assert pushed.exit_code == 78
-    assert len((tmp_path / "calls").read_text().splitlines()) == 2
-
-
-def test_sync_without_a_key_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "wandb" / "offline-run-1").mkdir(parents=True)
-    with pytest.raises(SpecError, match="WANDB_API_KEY"):
-        sync.push(RunDir(tmp_path), ("wandb",))
+    # A run on a dead node does not answer; its next job goes all the same.
+    (tmp_path / "runs" / "dead").mkdir(parents=True)
+    (tmp_path / "runs" / "dead" / "spec.json").write_text("{}")
+    monkeypatch.setenv("NANOCHAT_HOME", str(tmp_path))
+    monkeypatch.setattr(verbs, "_stop_here", lambda _: 1)
+    queue.write_text("1000|PENDING|(BeginTime)|N/A|12:00:00|gpu\n")
+    assert entrypoint.main(["stop", "dead"]) == 1
+    assert calls.read_text() == "1000\n1000\n"

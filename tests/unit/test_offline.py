@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 
 import pytest
 
@@ -29,6 +30,18 @@ def test_udp_is_guarded_too() -> None:
         s.sendto(b"x", ("192.0.2.1", 53))
 
 
+def test_a_message_with_parts_is_guarded_too() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s, pytest.raises(OfflineError):
+        s.sendmsg([b"x"], [], 0, ("192.0.2.1", 53))
+
+
+@pytest.mark.parametrize("ask", [socket.gethostbyname, socket.gethostbyname_ex])
+def test_asking_for_a_name_the_old_way_is_guarded_too(ask: Callable[[str], object]) -> None:
+    with pytest.raises(OfflineError, match="example.org"):
+        ask("example.org")
+    assert ask("localhost")
+
+
 def test_loopback_and_unix_sockets_pass() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -41,6 +54,8 @@ def test_loopback_and_unix_sockets_pass() -> None:
     with a, b:
         a.send(b"x")
         assert b.recv(1) == b"x"
+        a.sendmsg([b"y"])
+        assert b.recv(1) == b"y"
 
 
 def test_without_the_variable_there_is_no_guard() -> None:

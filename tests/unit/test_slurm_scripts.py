@@ -1,0 +1,101 @@
+"""What a student calls on a login node, nanochat.sh and build_sif.sh, with stand-ins for SLURM's
+commands and Apptainer; tests/e2e/test_slurm.py has the real ones."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def login_node(tmp_path: Path) -> dict[str, str]:
+    """Environment of a login node with stand-ins: two jobs of ours wait behind others or run."""
+    tools, scratch = tmp_path / "bin", tmp_path / "scratch"
+    for folder in (tools, scratch / "nanochat" / "runs" / "b"):
+        folder.mkdir(parents=True)
+    (scratch / "nanochat.sif").write_text("")
+    waiting = "7|nanochat-a|PENDING|Priority|N/A|1:00|gpu|"
+    running = "8|nanochat-b|RUNNING|None|x|1:00|gpu|c1"
+    for name, body in {
+        "apptainer": 'words="$*"; echo "nanochat ${words##* nanochat }"\n'
+        '[[ $words != *--json* ]] || echo "$APPTAINERENV_NANOCHAT_SQUEUE"\n'
+        f"[ ! -e {tmp_path}/fails ] || exit 1",
+        "id": "echo student",
+        "scancel": f'echo "scancel $*"; touch {tmp_path}/cancelled',
+        "squeue": f'[ ! -e {tmp_path}/cancelled ] || exit 0\ncase "$*" in '
+        f'*name=nanochat-a*i\\|*) echo "{waiting}" ;; *name=nanochat-none*) ;; '
+        f'*i\\|*) printf "%s\\n" "{waiting}" "{running}" 9 ;; '
+        "*) printf '%s\\n' 3 5 7 ;; esac",
+    }.items():
+        (tools / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tools / name).chmod(0o755)
+    path = f"{tools}:{os.environ['PATH']}"
+    return {"PATH": path, "NANOCHAT_HOME": str(scratch / "nanochat")}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("status", ["a: job 7 PENDING (Priority), 2 jobs ahead", "b: job 8 RUNNING", "nanochat"]),
+        ("status a", ["a: job 7 PENDING (Priority), 2 jobs ahead"]),
+        ("status --json a", ["nanochat status --json a", "a|7|PENDING|Priority|N/A|1:00|2"]),
+        ("stop a", ["scancel --user=student --name=nanochat-a", "cancelled a: job 7"]),
+        ("stop none", ["nanochat stop none"]),
+        ("plan @configs/smoke.toml", ["nanochat plan @configs/smoke.toml"]),
+    ],
+)
+def test_the_login_nodes_script(login_node: dict[str, str], words: str, said: list[str]) -> None:
+    script = ROOT / "infra" / "slurm" / "nanochat.sh"
+    done = subprocess.run(
+        ["bash", script, *words.split()], env=login_node, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line and line != "queue:"]
+    assert len(lines) == len(said), done.stdout
+    for line, start in zip(lines, said, strict=True):
+        assert line.startswith(start)
+
+
+@pytest.mark.parametrize("has_begun", [True, False], ids=["dead_node", "refused"])
+def test_a_stop_that_fails_ends_the_chain_all_the_same(
+    login_node: dict[str, str], tmp_path: Path, has_begun: bool
+) -> None:
+    """On a dead node nobody answers; a refused run has no more than slurm.jsonl."""
+    run = tmp_path / "scratch" / "nanochat" / "runs" / "a"
+    run.mkdir()
+    (run / ("spec.json" if has_begun else "slurm.jsonl")).write_text("{}\n")
+    (tmp_path / "fails").touch()
+    script = ROOT / "infra" / "slurm" / "nanochat.sh"
+    done = subprocess.run(
+        ["bash", script, "stop", "a"], env=login_node, capture_output=True, text=True
+    )
+    assert "scancel --user=student --name=nanochat-a" in done.stdout, done.stderr
+    assert done.returncode == (1 if has_begun else 0)
+    assert ("nanochat stop a" in done.stdout) == has_begun
+
+
+def test_a_sif_is_made_beside_a_relative_path(tmp_path: Path) -> None:
+    """Apptainer takes its folders from the environment, and changes its own."""
+    (tmp_path / "bin").mkdir()
+    tool = tmp_path / "bin" / "apptainer"
+    folders = "$APPTAINER_TMPDIR $APPTAINER_CACHEDIR $TMPDIR"
+    tool.write_text(
+        f'#!/bin/bash\necho "{folders}" > {tmp_path}/seen\necho made > "${{@: -2:1}}"\n'
+    )
+    tool.chmod(0o755)
+    (tmp_path / "cwd").mkdir()
+    done = subprocess.run(
+        ["bash", ROOT / "infra" / "slurm" / "build_sif.sh", "docker://x/y", "../out/my.sif"],
+        cwd=tmp_path / "cwd",
+        env={"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    seen = (tmp_path / "seen").read_text().split()
+    assert all(folder.startswith(f"{tmp_path}/out/.sif.") for folder in seen)
+    made = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert made == ["my.sif", "my.sif.sha256"]
