@@ -110,8 +110,6 @@ RUN --mount=type=bind,from=tools,source=/build/runtime,target=/mnt \
 # the kit itself: everything that changes with the code, in one small layer
 
 FROM runtime AS app
-ARG VERSION=0
-ARG REVISION=unknown
 COPY pyproject.toml README.md LICENSE entrypoint.py /build/
 COPY infra /build/infra
 COPY nanochat /build/nanochat
@@ -128,21 +126,32 @@ RUN --mount=type=bind,from=tools,source=/usr/local/bin/uv,target=/usr/local/bin/
  && ln -s /opt/nanochat/bin/nanochat /out/usr/local/bin/nanochat \
  && ln -s ../requirements.lock /out/opt/nanochat/app/requirements.lock
 COPY configs /out/opt/nanochat/app/configs
+# Every commit has another REVISION: what stands below a declaration is done again for each.
+ARG VERSION=0
+ARG REVISION=unknown
 RUN cd /build \
  && python -m infra.image.describe /out/opt/nanochat --version "${VERSION}" \
       --revision "${REVISION}" --cargo-metadata cargo-metadata.json
 
 # ---------------------------------------------------------------------------------------------
-# data that every run finds before it looks anywhere else
+# data that every run finds before it looks anywhere else. Only what the fetch imports is copied, so
+# that a change of other code neither asks a hub nor copies the data, tens of GB for d20, again.
 
 FROM dependencies AS data
 ARG DATA=smoke
 ARG HF_ENDPOINT
-COPY --from=app /out/ /
-COPY infra/image/bake_data.sh /build/
-RUN --mount=type=cache,target=/var/cache/nanochat-data,uid=1000,gid=1000 \
-    --mount=type=secret,id=HF_TOKEN,uid=1000 \
-    mkdir -p /out && /build/bake_data.sh "${DATA}" /var/cache/nanochat-data /out/opt/nanochat/data
+WORKDIR /build
+COPY infra/__init__.py infra/download.py infra/fetch.py infra/fetch_progress.py infra/hub.py \
+     infra/
+COPY infra/image/__init__.py infra/image/bake_data.py infra/image/
+COPY nanochat/__init__.py nanochat/corpus.py nanochat/data.lock.json nanochat/embedded.py \
+     nanochat/folders.py nanochat/rundir.py nanochat/spec.py nanochat/storage.py \
+     nanochat/touches.py nanochat/
+COPY configs configs
+RUN --mount=type=cache,target=/var/cache/nanochat-data \
+    --mount=type=secret,id=HF_TOKEN \
+    mkdir -p /out \
+ && python -m infra.image.bake_data "${DATA}" /var/cache/nanochat-data /out/opt/nanochat/data
 
 # ---------------------------------------------------------------------------------------------
 
@@ -156,11 +165,15 @@ COPY --from=app /out/ /
 # the unit tests inside the image: make image-test
 
 FROM kit AS test
-COPY requirements-dev.lock /build/
+COPY requirements.lock requirements-dev.lock /build/
+# What only the tests need: the image's own packages, also those of another lock, are to be tested.
 RUN --mount=type=bind,from=tools,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
     --mount=type=cache,id=uv,target=/media \
-    UV_CACHE_DIR=/media UV_LINK_MODE=copy uv pip install --quiet \
-      --python /opt/nanochat/venv/bin/python --require-hashes -r /build/requirements-dev.lock
+    cd /build \
+ && awk -F== 'FNR == NR { known[$1]; next } /^[a-z]/ { skip = $1 in known } !skip' \
+      requirements.lock requirements-dev.lock > tests-only.lock \
+ && UV_CACHE_DIR=/media UV_LINK_MODE=copy uv pip install --quiet --no-deps \
+      --python /opt/nanochat/venv/bin/python --require-hashes -r tests-only.lock
 COPY . /build/
 WORKDIR /build
 USER 1000:0

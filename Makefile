@@ -14,7 +14,7 @@ SOURCE ?= $(IMAGE)
 REQUIREMENTS ?= requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke test lint fmt build bench e2e e2e-long lock clean image image-test push sbom sif cluster cluster-down
+.PHONY: help setup smoke test lint fmt build bench e2e e2e-long lock clean image image-test push registry-named sbom sif cluster cluster-down
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F': *' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -74,14 +74,17 @@ image:  ## the Docker image (DATA=smoke|cpu|d20|none, SKYPILOT_RUNTIME=1|0)
 	  --build-arg SKYPILOT_RUNTIME=$(SKYPILOT_RUNTIME)
 
 image-test:  ## the unit tests inside the image
-	infra/image/build.sh $(IMAGE)-test --target test --build-arg DATA=none
+	infra/image/build.sh $(IMAGE)-test --target test --build-arg DATA=none \
+	  --build-arg REQUIREMENTS=$(REQUIREMENTS)
 	docker run --rm --network none $(IMAGE)-test
 
-push: image  ## push the image to REGISTRY=host/name, and print the digest to name it by
-	@test -n "$(REGISTRY)" || { echo "Where to? make push REGISTRY=ghcr.io/yourname"; exit 1; }
+push: registry-named image  ## push the image to REGISTRY=host/name, and print the digest to name it by
 	docker tag $(IMAGE) $(REGISTRY)/$(IMAGE)
 	docker push $(REGISTRY)/$(IMAGE)
 	@docker image inspect --format '{{join .RepoDigests "\n"}}' $(IMAGE) | grep '^$(REGISTRY)/'
+
+registry-named:
+	@test -n "$(REGISTRY)" || { echo "Where to? make push REGISTRY=ghcr.io/yourname"; exit 1; }
 
 sif:  ## the image as a SIF for Apptainer (SIF=, SOURCE=image, archive.tar or registry URL)
 	infra/slurm/build_sif.sh $(SOURCE) $(SIF)

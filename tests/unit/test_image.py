@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import modulefinder
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -162,6 +164,39 @@ def test_the_same_image_has_the_same_bill_and_another_has_another(tmp_path: Path
     other = make_sbom("nanochat", "1", components[:1])
     assert other["serialNumber"] != first["serialNumber"]
     assert uuid.UUID(first["serialNumber"]).urn == first["serialNumber"]
+
+
+# -- data layer
+
+
+def copied_to_the_data_stage() -> set[str]:
+    """What the Dockerfile's stage `data` copies from the checkout, its configs left out."""
+    text = (ROOT / "Dockerfile").read_text()
+    stage = re.search(r"^FROM \w+ AS data\n(.*?)^# ---", text, flags=re.MULTILINE | re.DOTALL)
+    assert stage is not None
+    copies = re.findall(r"^COPY (.*)$", stage[1].replace("\\\n", " "), flags=re.MULTILINE)
+    return {source for copy in copies for source in copy.split()[:-1]} - {"configs"}
+
+
+def test_the_data_layer_depends_on_what_the_fetch_imports_and_on_no_other_code() -> None:
+    """Else every change of code fetches and copies it again, or the build of it fails."""
+    finder = modulefinder.ModuleFinder(path=[str(ROOT)])
+    finder.run_script(str(ROOT / "infra" / "image" / "bake_data.py"))
+    files = {Path(m.__file__).relative_to(ROOT) for m in finder.modules.values() if m.__file__}
+    packages = {folder / "__init__.py" for file in files for folder in file.parents[:-1]}
+    wanted = {str(file) for file in files | packages} | {"nanochat/data.lock.json"}
+    assert copied_to_the_data_stage() == wanted
+
+
+def test_what_is_copied_there_suffices(tmp_path: Path) -> None:
+    for file in copied_to_the_data_stage():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    command = [sys.executable, "-m", "infra.image.bake_data", "smoek", "cache", "out"]
+    mistyped = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert mistyped.returncode == 78, mistyped.stderr
+    assert "smoek" in mistyped.stderr and "Traceback" not in mistyped.stderr
 
 
 # -- entry point
