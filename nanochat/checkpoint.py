@@ -1,14 +1,16 @@
 """Save and load the whole state of a stage, such that what was paid for is on the disk.
 
 * The loop is held only while the state is copied to reused (on CUDA: pinned) host buffers. A thread
-  writes them, with a gloo group of its own for what the ranks have to agree on; its errors come up
-  at the next `save` or `wait`, on all ranks alike.
+  writes them, with a gloo group of its own for what the ranks have to agree on.
+* `has_failed` tells at once that the thread could not write; `take_failure` why, on all ranks.
+  The save after that is written while the loop waits: it is on the disk, or it raises.
 * A checkpoint appears under its final name only when every byte of it is durable (checkpoint_dir),
   and is compared with its manifest on load; a damaged one is set aside, loudly, and the one before
   is taken.
 * The number of ranks may differ between save and load (shards). Nothing is ever unpickled.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -152,6 +154,8 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: list[Future[None]] = []
         self._saving: tuple[int, Future[None]] | None = None
+        self._is_retry = False
+        self._guessed_save_s: float | None = None
         self._buffers: dict[MetadataIndex, Tensor] = {}
         self._local_plan: SavePlan | None = None
         self._plan = SavePlan([])
@@ -177,12 +181,12 @@ class Checkpointer:
     def probe_write(self, need_bytes: int = 0) -> ProbeResult:
         """Prove at the start of a run that checkpoints can be written here.
 
-        Every rank writes, syncs, renames and removes a small file. need_bytes: forecast size of the
-        checkpoints that the policy keeps. Raises CheckpointError that names the folder, the reason
-        and the free space.
+        Every rank writes, syncs, renames and removes a small file. need_bytes: forecast size of a
+        checkpoint. Raises CheckpointError that names the folder, the reason and the free space.
         """
         self.wait()
         rate = self._all_ranks(self._probe)
+        self._guessed_save_s = need_bytes / (min(rate) * self.world_size)
         free_bytes = self.dir.storage.free_bytes(self.dir.path)
         held_bytes = sum(m.size for m in self.dir.complete())
         floor_bytes = self.policy.free_floor_gib * GIB
@@ -234,13 +238,14 @@ class Checkpointer:
         state: nested dicts of tensors and JSON values; the entry "model" holds the weights. extra:
         JSON, rank 0's is kept (schedule, `cursor` of the data, best so far); rank_extra: JSON, kept
         per rank (RNG states). wait: return when the checkpoint is complete (a stop).
-        Raises CheckpointError, also for a save before this one that failed in the background.
+        Where the save before this one failed in the background, the present state is tried first
+        and waited for. Raises CheckpointError where what is waited for cannot be written.
         """
         started_s = time.monotonic()
-        self.wait()
+        self.take_failure()
         tensors, values = flatten(state)
         planner = self._planner(tensors)
-        background = self.policy.asynchronous and not wait
+        background = self.policy.asynchronous and not wait and not self._is_retry
         job = _Job(
             step,
             self._plan.items,
@@ -259,9 +264,33 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Return when all that was asked is on the disk. Raises CheckpointError if it is not."""
+        if (failure := self.take_failure()) is not None:
+            raise failure
+
+    def take_failure(self) -> CheckpointError | None:
+        """Wait for the background; why it failed, told once, or None. For who will save again.
+
+        What follows from a failure (nothing is there to note a loss on) is part of it.
+        """
         pending, self._pending = self._pending, []
+        failures = []
         for future in pending:
-            future.result()
+            try:
+                future.result()
+            except CheckpointError as e:
+                failures.append(e)
+        self._is_retry = self._is_retry or bool(failures)
+        return failures[0] if failures else None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the background has failed and nobody took it; ranks may see it at other times."""
+        return any(f.done() and f.exception() is not None for f in self._pending)
+
+    @property
+    def expected_save_s(self) -> float | None:
+        """Seconds of the next save: as the last one, at first a guess from `probe_write`."""
+        return self._guessed_save_s if self.last_save_s is None else self.last_save_s
 
     @property
     def saving_step(self) -> int | None:
@@ -347,8 +376,10 @@ class Checkpointer:
         except CheckpointError as e:
             log.error("%s", e)
             if self.rank == 0:
-                self.dir.abandon(job.step)
+                with contextlib.suppress(OSError):  # the next save or start removes it
+                    self.dir.abandon(job.step)
             raise
+        self._is_retry = False
         self.last_save_s = time.monotonic() - job.started_s
 
     def _prepare(self, job: _Job) -> None:

@@ -6,8 +6,6 @@ The two stages differ in their mixture, their learning rates and in whose weight
 import shutil
 from pathlib import Path
 
-import torch
-
 from nanochat.data import Loader, validation_set
 from nanochat.prepare import Prepared, note_out_of_memory, prepare
 from nanochat.rendered import Rendered, render
@@ -61,7 +59,7 @@ def train_on_conversations(run: RunDir, stage: str, weights_from: str) -> Outcom
             sample=None,
             sample_every_steps=1,
         )
-    except torch.OutOfMemoryError as e:
+    except RuntimeError as e:
         outcome = note_out_of_memory(p, e)
     if outcome.outcome == "done" and p.dist.is_main:
         shutil.rmtree(_folder(p), ignore_errors=True)

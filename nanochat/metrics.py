@@ -135,8 +135,8 @@ class Metrics:
     def log_event(self, kind: str, message: str, **facts: Any) -> None:
         """Something that a reader of the report should know.
 
-        Kinds: start, restart, rollback, oom_fit, early_stop, corrupt_checkpoint, warning,
-        tracker_off; `message` is a sentence for people.
+        Kinds: start, restart, rollback, oom_fit, early_stop, corrupt_checkpoint,
+        save_failed, warning, tracker_off; `message` is a sentence for people.
         """
         if self._log is not None:
             self._log.append(

@@ -29,6 +29,8 @@ from nanochat.tokenizer import TokenizerLike, load_tokenizer
 from nanochat.trainer import is_stop_urgent
 from nanochat.weights import load_model
 
+CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+
 
 class _StopAsked(Exception):
     """Ends an evaluation on all ranks."""
@@ -234,13 +236,21 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype)
 
 
-def note_out_of_memory(prepared: Prepared, error: torch.OutOfMemoryError) -> Outcome:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out: of a device, or of the host, which has no error class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or CPU_OUT_OF_MEMORY in str(error)
+
+
+def note_out_of_memory(prepared: Prepared, error: RuntimeError) -> Outcome:
     """Halve the device batch for the next process of this stage; total_batch_size stays.
 
+    An error that is none of memory is raised again.
     Called by the rank that ran out; the others wait for it, and are ended by the supervisor. The
     memory of a process that ran out is fragmented, so a new one is started. Raises StageFailed
     where there is nothing to halve.
     """
+    if not is_out_of_memory(error):
+        raise error
     with contextlib.suppress(CheckpointError):  # of a save that the next process tries again
         prepared.checkpointer.wait()
     numbers = prepared.numbers

@@ -23,7 +23,13 @@ from typing import Any
 
 import torch
 
-from nanochat.checkpoint import Checkpointer, LoadedCheckpoint, rng_state, set_rng_state
+from nanochat.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    LoadedCheckpoint,
+    rng_state,
+    set_rng_state,
+)
 from nanochat.data import Loader, StepBatch
 from nanochat.distributed import Dist, seed_rank
 from nanochat.gpt import GPT
@@ -40,6 +46,8 @@ SPIKE_STEPS = 3
 """High losses in a row that are a spike; fewer are odd text, which clipping takes care of."""
 ROLLBACK_WINDOW_STEPS = 200
 """Roll-backs further apart than this do not add up to a divergence."""
+SAVE_AGAIN_S = 30.0
+"""From a save that failed to the next try: a network volume may come back meanwhile."""
 LOSS_DECAY = 0.95
 PROGRESS_EVERY_S = 0.5
 HORIZON_STALE_S = 300.0
@@ -148,21 +156,38 @@ def fit(
     def save(wait: bool = False) -> None:
         nonlocal saved_s, saved_step, stalls_s
         say("save")
+        note_failed_save()
         checkpointer.save(
             at.step,
             state(),
             {"position": asdict(at), "cursor": cursor},
             rank_extra={"rng": rng_state()},
+            val_bpb=at.last_bpb if at.validated_step == at.step else None,
             wait=wait,
         )
         saved_s, saved_step = time.monotonic(), at.step
         stalls_s += checkpointer.last_stall_s or 0.0
 
+    def note_failed_save() -> None:
+        """Wait for the save under way; if it failed, say so, and let another be due soon."""
+        nonlocal saved_s, saved_step
+        failure = checkpointer.take_failure()
+        if failure is not None:
+            again_s = min(SAVE_AGAIN_S, checkpoint_every_s)
+            saved_step, saved_s = None, time.monotonic() - checkpoint_every_s + again_s
+            metrics.log_event("save_failed", failed_save(failure, again_s))
+
     def load() -> LoadedCheckpoint | None:
-        """Back to the newest whole checkpoint; the stream continues behind its last batch."""
+        """Back to the newest good checkpoint; the stream continues behind its last batch."""
         nonlocal at, cursor, saved_step
         target = state()
         loaded = checkpointer.load_latest(target)
+        # a look or a stop may have saved weights of a spike before it was known to be one
+        while loaded and left_out.intersection(loaded.extra["position"]["high"]):
+            if not _from_rank_0(dist, (_has_older(checkpointer, loaded.step),))[0]:
+                break
+            checkpointer.discard_after(loaded.step - 1)
+            loaded = checkpointer.load_latest(target)
         if loaded is not None:
             optimizer.load_state_dict(target["optimizer"])
             at, cursor = Position(**loaded.extra["position"]), loaded.extra["cursor"]
@@ -182,7 +207,7 @@ def fit(
                 step=at.step,
                 num_steps=numbers.num_steps,
                 val_bpb=at.last_bpb,
-                save_s=checkpointer.last_save_s,
+                save_s=checkpointer.expected_save_s,
                 eval_s=eval_s,
                 **facts,
             )
@@ -193,28 +218,36 @@ def fit(
     metrics = open_metrics(loaded.step if loaded else None)
     for skipped in loaded.skipped if loaded else ():
         metrics.log_event("corrupt_checkpoint", skipped)
+    checkpointer.prepare(state())
     loader = make_loader(cursor)
     step_times_s: deque[float] = deque(maxlen=50)
     facts: dict[str, Any] = {}
     first_step = True
 
     while True:
-        # rank 0 looks at clock, budget and stop file; all ranks then do the same
+        # rank 0 looks at clock, budget, disk and stop file; all ranks then do the same
         since_save_s = time.monotonic() - saved_s
+        used = horizon.fraction(at.step)
         seen = (
-            horizon.fraction(at.step),
+            used,
+            horizon.after(used, _median(step_times_s)),
             since_save_s > checkpoint_every_s,
             run.stop_file.exists(),
             is_stop_urgent(run),
+            checkpointer.has_failed,
         )
-        fraction, is_due, is_stopping, is_urgent = _from_rank_0(dist, seen)
+        fraction, next_fraction, is_due, is_stopping, is_urgent, has_failed = _from_rank_0(
+            dist, seen
+        )
+        if has_failed:
+            note_failed_save()
         is_last = fraction >= 1.0
         is_unseen = at.validated_step != at.step
 
         # once in a while: a checkpoint, then the validation loss
         is_look_due = is_unseen and (is_last or at.step % settings.eval_every_steps == 0)
         if is_look_due and not is_urgent:
-            if at.step > 0:
+            if at.step > 0 and saved_step != at.step:
                 save(wait=is_last)
             say("evaluate")
             started_s = time.monotonic()
@@ -258,7 +291,7 @@ def fit(
 
         # when asked: stop, with a checkpoint where the time is enough for one
         if is_stopping:
-            checkpointer.wait()
+            note_failed_save()
             is_new = saved_step != at.step
             if is_new and _from_rank_0(dist, (can_save_in_time(run, checkpointer),))[0]:
                 save(wait=True)
@@ -282,7 +315,7 @@ def fit(
             at = replace(at, batch=at.batch + 1)
         cursor = batch.cursor
         seed_rank(seed, dist.rank, at.batch)
-        scale = lr_scale(fraction, horizon.after(fraction, _median(step_times_s)), settings)
+        scale = lr_scale(fraction, next_fraction, settings)
         loss, grad_norm = _forward_backward(
             train_model, optimizer, batch, numbers, settings.grad_clip, dist, autocast
         )
@@ -290,7 +323,8 @@ def fit(
         high = (*at.high, at.batch)
         if not math.isfinite(loss + grad_norm) or (is_high and len(high) == SPIKE_STEPS):
             message = f"loss {loss:.4g}, gradient norm {grad_norm:.4g} at step {at.step}"
-            checkpointer.wait()
+            say("load")
+            note_failed_save()
             near = [r for r in rollbacks if abs(at.step - r["step"]) < ROLLBACK_WINDOW_STEPS]
             if len(near) >= settings.max_rollbacks:
                 raise StageFailed(
@@ -302,10 +336,11 @@ def fit(
                 run.append_resolved("rollback", stage=stage, **bad)
             metrics.log_event("rollback", f"{message}; left out: batches {bad['batches']}")
             # twice bad right behind one checkpoint: it is not a good one
-            is_suspect = bool(near) and near[-1]["step"] == at.step == saved_step
-            older = [m for m in checkpointer.list_complete() if m.step < at.step]
-            if _from_rank_0(dist, (is_suspect and bool(older),))[0]:
-                checkpointer.discard_after(at.step - 1)
+            begun = _begun(bad)
+            is_suspect = bool(near) and _begun(near[-1]) == begun in _resumable(checkpointer)
+            is_suspect = is_suspect and _has_older(checkpointer, begun)
+            if _from_rank_0(dist, (is_suspect,))[0]:
+                checkpointer.discard_after(begun - 1)
             rollbacks.append(bad)
             left_out.update(bad["batches"])
             loader.close()
@@ -358,7 +393,9 @@ def fit(
         }
         first_step = False
 
-    checkpointer.wait()
+    note_failed_save()
+    if saved_step != at.step:
+        save(wait=True)
     loader.close()
     return Outcome(
         stage=stage,
@@ -422,6 +459,20 @@ def _from_rank_0(dist: Dist, values: tuple[float | bool, ...]) -> list[float]:
     return dist.all_reduce_sum(carrier if dist.is_main else torch.zeros_like(carrier)).tolist()
 
 
+def _resumable(checkpointer: Checkpointer) -> list[int]:
+    """Steps of the checkpoints that a run can go on from, oldest first."""
+    return [m.step for m in checkpointer.list_complete() if m.kind == "full"]
+
+
+def _has_older(checkpointer: Checkpointer, step: int) -> bool:
+    return any(older < step for older in _resumable(checkpointer))
+
+
+def _begun(rollback: dict[str, Any]) -> int:
+    """Step whose weights met the first of the batches that a roll-back leaves out."""
+    return int(rollback["step"]) - len(rollback["batches"]) + 1
+
+
 def _is_high(loss: float, at: Position, spike_nats: float) -> bool:
     """Whether a loss is far above the running mean; one such batch may just be odd text."""
     if at.mean_loss is None or at.step < SPIKE_AFTER_STEPS:
@@ -437,6 +488,14 @@ def is_stop_urgent(run: RunDir) -> bool:
     """Whether a stop is asked that cannot wait for an evaluation; the budget's has reserved it."""
     request = run.stop_request()
     return request is not None and request.reason is not StopReason.BUDGET
+
+
+def failed_save(failure: CheckpointError, again_s: float) -> str:
+    """The event of a save that has failed in the background."""
+    return (
+        f"a save has failed; the training goes on, saves again in {again_s:.0f} s, and ends if "
+        f"that fails too: {failure}"
+    )
 
 
 def can_save_in_time(run: RunDir, checkpointer: Checkpointer) -> bool:

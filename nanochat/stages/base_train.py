@@ -1,7 +1,5 @@
 """Base training: the model learns to continue text."""
 
-import torch
-
 from nanochat.bpb import bigram_bpb
 from nanochat.corpus import locate
 from nanochat.data import Loader, flat_tokens, validation_set
@@ -75,7 +73,7 @@ def main(run: RunDir) -> Outcome:
             sample=sample,
             sample_every_steps=settings.sample_every_steps,
         )
-    except torch.OutOfMemoryError as e:
+    except RuntimeError as e:
         outcome = note_out_of_memory(p, e)
     if outcome.outcome == "done":
         sample(outcome.step or 0)

@@ -27,7 +27,7 @@ from nanochat.scaling import checkpoint_bytes
 from nanochat.spec import TRAIN_STAGES, ChatRl, SpecError
 from nanochat.stage import StageFailed, run_stage
 from nanochat.tasks import Task, make_task
-from nanochat.trainer import can_save_in_time, peak_memory_gib
+from nanochat.trainer import SAVE_AGAIN_S, can_save_in_time, failed_save, peak_memory_gib
 
 STAGE = "chat_rl"
 ROLLOUTS_AT_ONCE = 8
@@ -64,7 +64,7 @@ def main(run: RunDir) -> Outcome:
     p.model.eval()  # no dropout: the replies and their gradients are of one policy
     try:
         outcome = _fit(p)
-    except torch.OutOfMemoryError as e:
+    except RuntimeError as e:
         outcome = note_out_of_memory(p, e)
     p.close(outcome)
     return outcome
@@ -85,21 +85,32 @@ def _fit(p: Prepared) -> Outcome:
     def say(phase: str) -> None:
         if dist.is_main:
             run.write_progress(STAGE, phase, step=at.step, num_steps=num_steps,
-                               save_s=p.checkpointer.last_save_s, **facts)  # fmt: skip
+                               save_s=p.checkpointer.expected_save_s, **facts)  # fmt: skip
 
     def save(wait: bool = False) -> None:
         nonlocal saved_s, saved_step, stalls_s
         say("save")
+        note_failed_save()
         p.checkpointer.save(at.step, state(), {"position": asdict(at), "cursor": None}, wait=wait)
         saved_s, saved_step = time.monotonic(), at.step
         stalls_s += p.checkpointer.last_stall_s or 0.0
+
+    def note_failed_save() -> None:
+        """Wait for the save under way; if it failed, say so, and let another be due soon."""
+        nonlocal saved_s, saved_step
+        failure = p.checkpointer.take_failure()
+        if failure is not None:
+            every_s = spec.budget.checkpoint_every_s
+            again_s = min(SAVE_AGAIN_S, every_s)
+            saved_step, saved_s = None, time.monotonic() - every_s + again_s
+            metrics.log_event("save_failed", failed_save(failure, again_s))
 
     def state() -> dict[str, Any]:
         return {"model": p.model.state_dict(), "optimizer": p.optimizer.state_dict()}
 
     def stopped() -> Outcome:
         """Stop, with a checkpoint of the last whole step where the time is enough for one."""
-        p.checkpointer.wait()
+        note_failed_save()
         if saved_step != at.step and dist.broadcast_flag(
             int(can_save_in_time(run, p.checkpointer))
         ):
@@ -117,19 +128,23 @@ def _fit(p: Prepared) -> Outcome:
     metrics = p.open_metrics(loaded.step if loaded else None)
     for skipped in loaded.skipped if loaded else ():
         metrics.log_event("corrupt_checkpoint", skipped)
+    p.checkpointer.prepare(state())
 
     while True:
-        # once in a while: the held-out reward, and a checkpoint
+        if dist.broadcast_flag(int(p.checkpointer.has_failed)):
+            note_failed_save()
+
+        # once in a while: a checkpoint, then the held-out reward
         is_last = at.step >= num_steps
         if at.looked_step != at.step and (is_last or at.step % settings.eval_every_steps == 0):
+            if at.step > 0 and saved_step != at.step:
+                save(wait=is_last)
             say("evaluate")
             engine = _engine(p, MOST_AT_ONCE)
             looked = _look(engine, held_out, settings, run, dist)
             if looked is None:
                 return stopped()
             at = _after_look(at, looked, metrics)
-            if at.step > 0:
-                save(wait=is_last)
         if is_last:
             break
         is_due = time.monotonic() - saved_s > spec.budget.checkpoint_every_s
@@ -211,7 +226,9 @@ def _fit(p: Prepared) -> Outcome:
             "eta_s": (num_steps - at.step) * median_s,
         }
 
-    p.checkpointer.wait()
+    note_failed_save()
+    if saved_step != at.step:
+        save(wait=True)
     return Outcome(
         stage=STAGE,
         outcome="done",

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,31 @@ def test_an_error_in_the_background_comes_up_at_the_next_save(tmp_path: Path) ->
         saver.save(2, state_of(2), {})
 
 
+def test_a_save_after_a_failed_one_tries_the_present_state_first(tmp_path: Path) -> None:
+    storage = FullStorage(tmp_path, 0, honest=False)
+    saver = Checkpointer(tmp_path, NO_FLOOR, storage=storage)
+    saver.save(1, state_of(1), {})
+    saver.note_val_bpb(1, 1.0)  # on a checkpoint that never came to be
+    while saver.saving_step is not None:
+        time.sleep(0.001)
+    assert saver.has_failed
+    storage.size = 1 << 30  # somebody made room
+    saver.save(2, state_of(2), {})
+    assert not saver.has_failed
+    assert [m.step for m in saver.list_complete()] == [2]
+    saver.wait()
+
+
+def test_a_failure_is_taken_once(tmp_path: Path) -> None:
+    saver = Checkpointer(tmp_path, NO_FLOOR, storage=FullStorage(tmp_path, 0, honest=False))
+    assert saver.take_failure() is None
+    saver.save(1, state_of(1), {})
+    assert "none is complete" in str(saver.take_failure())
+    assert not saver.has_failed and saver.take_failure() is None
+    with pytest.raises(CheckpointError):  # while the caller waits
+        saver.save(1, state_of(1), {})
+
+
 def test_room_is_made_before_writing(tmp_path: Path) -> None:
     """Damaged ones go first, then what the policy spares only until the next one stands."""
     save_steps(tmp_path, 1, 2, policy=IN_LINE)
@@ -253,6 +279,9 @@ def test_probe_proves_that_the_volume_can_be_written(tmp_path: Path) -> None:
         probe = saver.probe_write(need_bytes=1000)
         assert probe.free_bytes > 0 and probe.bytes_per_s > 0
         assert list(tmp_path.iterdir()) == []
+        assert saver.expected_save_s == pytest.approx(1000 / probe.bytes_per_s)
+        saver.save(1, state_of(1), {}, wait=True)
+        assert saver.expected_save_s == saver.last_save_s
         with pytest.raises(CheckpointError, match="no space"):
             saver.probe_write(need_bytes=1 << 60)
 

@@ -121,6 +121,25 @@ def test_out_of_memory_at_one_row_is_a_failure(
         train_on_conversations(run, STAGE, "base_train")
 
 
+def test_memory_of_the_host_may_run_out_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch raises a plain RuntimeError for it; another one is not taken for it."""
+    run = make_run(tmp_path / "run")
+    forward = GPT.forward
+
+    def failing(self: GPT, idx: torch.Tensor, *args: Any, **kw: Any) -> torch.Tensor:
+        torch.empty(1 << 50 if len(idx) > 4 else 1)
+        return forward(self, idx, *args, **kw)
+
+    monkeypatch.setattr(GPT, "forward", failing)
+    assert [o.outcome for o in run_until_it_fits(run)] == ["again", "done"]
+    assert [f["device_batch_size"] for f in run.resolved("fit")] == [4]
+    with pytest.raises(RuntimeError, match="a bug"):
+        note_out_of_memory(prepare(run, STAGE), RuntimeError("a bug"))
+    assert len(run.resolved("fit")) == 1
+
+
 def test_any_rank_may_be_the_one_that_runs_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     prepared = prepare(run, STAGE)

@@ -1,7 +1,9 @@
 """The training loop: what it does when a batch, a checkpoint, the clock or a person interferes."""
 
+import errno
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,11 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import on_ranks
 from toy_training import STAGE, Trainee, batch_inputs, make_source, make_spec, new_run
 
+from nanochat.checkpoint import CheckpointError
+from nanochat.distributed import Dist
 from nanochat.rundir import RunDir, StopReason, append_jsonl, read_jsonl
 from nanochat.spec import CheckpointPolicy, SpecError
 from nanochat.stage import StageFailed
+from nanochat.storage import Storage
+from nanochat.trainer import Horizon
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +146,52 @@ def test_a_spike_is_three_high_losses_in_a_row(tmp_path: Path) -> None:
     assert_equal(trainee.weights(), known)
 
 
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_look_between_high_losses_saves_nothing_to_go_back_to(
+    tmp_path: Path, is_killed: bool
+) -> None:
+    """Step 27 is saved before its look, with batch 27 in the weights: 18 is taken."""
+    spec = make_spec(num_steps=36, eval_every_steps=9)
+    run = new_run(tmp_path / "run", spec)
+    poison = on_batches(lambda loss: loss + 16 * 9.0, 27, 28, 29)  # sum over the 16 targets
+    trainee = Trainee(run, spec, poison=poison)
+    if is_killed:
+        kill_in_second_load(trainee)
+        with pytest.raises(Killed):
+            trainee.fit()
+        trainee = Trainee(run, spec, poison=poison)
+    assert trainee.fit().outcome == "done"
+    [record] = run.resolved("rollback")
+    assert (record["step"], record["batches"]) == (28, [27, 28, 29])
+    known = weights_without(tmp_path / "known", spec, 27, 28, 29, poison=poison)
+    assert_equal(trainee.weights(), known)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def kill_in_second_load(trainee: Trainee) -> None:
+    load = trainee.checkpointer.load_latest
+    loads: list[None] = []
+
+    def killed(state: Any) -> Any:
+        loads.append(None)
+        if len(loads) == 2:
+            raise Killed
+        return load(state)
+
+    trainee.checkpointer.load_latest = killed  # type: ignore[method-assign,assignment]
+
+
+def test_the_only_checkpoint_is_better_than_none(tmp_path: Path) -> None:
+    spec = make_spec(num_steps=36, eval_every_steps=27)
+    run = new_run(tmp_path / "run", spec)
+    poison = on_batches(lambda loss: loss + 16 * 9.0, 27, 28, 29)
+    assert Trainee(run, spec, poison=poison).fit().outcome == "done"
+    assert len(run.resolved("rollback")) == 1
+
+
 def test_it_gives_up_after_max_rollbacks_and_keeps_the_last_good_checkpoint(
     tmp_path: Path,
 ) -> None:
@@ -175,6 +228,46 @@ def test_a_checkpoint_of_bad_weights_is_given_up(tmp_path: Path) -> None:
     assert_equal(trainee.weights(), weights_without(tmp_path / "known", spec, 9, 10))
 
 
+def test_a_checkpoint_that_meets_one_spike_after_another_is_given_up(tmp_path: Path) -> None:
+    """Its weights are finite and bad: two spikes begin right behind it, the one before is taken."""
+    spec = make_spec(num_steps=36, eval_every_steps=8)
+    run = new_run(tmp_path / "run", spec)
+
+    def high(inputs: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        return loss + 16 * 9.0 if trainee.model.wte.weight[0, 0] > 900 else loss
+
+    trainee = Trainee(run, spec, poison=high)
+    update = trainee.optimizer.update
+    num_updates = 0
+
+    def update_and_break() -> None:
+        nonlocal num_updates
+        update()
+        num_updates += 1
+        if num_updates == 24:
+            trainee.model.wte.weight.data[0, 0] = 1000.0
+
+    trainee.optimizer.update = update_and_break  # type: ignore[method-assign]
+    assert trainee.fit().outcome == "done"
+    assert [r["batches"] for r in run.resolved("rollback")] == [[25, 26, 27], [28, 29, 30]]
+    assert_equal(trainee.weights(), weights_without(tmp_path / "known", spec, *range(25, 31)))
+
+
+def test_a_roll_back_has_the_time_that_loading_takes(tmp_path: Path) -> None:
+    spec = make_spec()
+    run = new_run(tmp_path / "run", spec)
+    trainee = Trainee(run, spec, poison=on_batches(not_a_number, 7))
+    load, phases = trainee.checkpointer.load_latest, []
+
+    def noting(state: Any) -> Any:
+        phases.append(run.progress(STAGE)["phase"])
+        return load(state)
+
+    trainee.checkpointer.load_latest = noting  # type: ignore[method-assign,assignment]
+    trainee.fit()
+    assert phases == ["load", "load"]
+
+
 def test_a_step_without_targets_divides_by_nothing(tmp_path: Path) -> None:
     spec = make_spec(num_steps=3)
     run = new_run(tmp_path / "run", spec)
@@ -183,6 +276,132 @@ def test_a_step_without_targets_divides_by_nothing(tmp_path: Path) -> None:
     assert trainee.fit().outcome == "done"
     assert [m["loss"] for m in steps_logged(run)] == [0.0, 0.0, 0.0]
     assert all(w.isfinite().all() for w in trainee.weights().values())
+
+
+# -----------------------------------------------------------------------------
+# saves that fail in the background
+
+
+class Broken(Storage):
+    """Writes nothing for the checkpoints of these steps."""
+
+    def __init__(self, *steps: int) -> None:
+        self.folders = {f".step_{step:06d}.tmp" for step in steps}
+
+    def open_new(self, path: Path) -> int:
+        if path.parent.name in self.folders:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().open_new(path)
+
+
+def broken_trainee(run: RunDir, spec: Any, *steps: int, poison: Poison | None = None) -> Trainee:
+    """It finishes its saves within the step after them."""
+
+    def wait_for_save(inputs: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        while trainee.checkpointer.saving_step is not None:
+            time.sleep(0.001)
+        return loss if poison is None else poison(inputs, loss)
+
+    trainee = Trainee(run, spec, poison=wait_for_save, storage=Broken(*steps))
+    return trainee
+
+
+def saves_failed(run: RunDir) -> list[str]:
+    return [m["message"] for m in run.metrics() if m.get("event") == "save_failed"]
+
+
+def test_a_save_that_fails_is_told_at_once_and_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanochat.trainer.SAVE_AGAIN_S", 0.0)
+    spec = make_spec(num_steps=20, eval_every_steps=10)
+    run = new_run(tmp_path / "run", spec)
+    trainee = broken_trainee(run, spec, 10)
+    assert trainee.fit().outcome == "done"
+    assert [m.step for m in trainee.checkpointer.list_complete()] == [12, 20]
+    [message] = saves_failed(run)
+    assert "a save has failed" in message and "Input/output error" in message
+    [event] = [m for m in run.metrics() if m.get("event") == "save_failed"]
+    assert event["step"] == 11
+
+
+def test_a_second_failure_in_a_row_ends_the_run_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanochat.trainer.SAVE_AGAIN_S", 0.0)
+    spec = make_spec(num_steps=40, eval_every_steps=10)
+    run = new_run(tmp_path / "run", spec)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        broken_trainee(run, spec, *range(11, 41)).fit()
+    assert latest(run) == 10
+    assert max(m["step"] for m in steps_logged(run)) == 22
+    assert len(saves_failed(run)) == 1
+
+
+def test_a_stop_after_a_failed_save_saves_where_it_stands(tmp_path: Path) -> None:
+    spec = make_spec()
+    run = new_run(tmp_path / "run", spec)
+    fifth = batch_inputs(5)[0]
+
+    def ask(inputs: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        if torch.equal(inputs[0], fifth):
+            run.request_stop(StopReason.SIGNAL, time.time() + 60)
+        return loss
+
+    outcome = broken_trainee(run, spec, 4, poison=ask).fit()
+    assert (outcome.outcome, outcome.step, latest(run)) == ("stopped", 5, 5)
+    assert len(saves_failed(run)) == 1
+
+
+def test_a_failed_save_of_the_last_step_is_made_again(tmp_path: Path) -> None:
+    """The one before an early end is written in the background."""
+    spec = make_spec(num_steps=100, early_stop_patience=1)
+    run = new_run(tmp_path / "run", spec)
+    trainee = broken_trainee(run, spec, 4)
+    looks = iter([1.0, 2.0])
+
+    def look() -> float:
+        while trainee.checkpointer.saving_step is not None:
+            time.sleep(0.001)
+        trainee.checkpointer.dir.storage = Storage()
+        return next(looks)
+
+    trainee.bpb = look
+    outcome = trainee.fit()
+    assert (outcome.outcome, outcome.step, latest(run)) == ("done", 4, 4)
+    [manifest] = trainee.checkpointer.list_complete()
+    assert manifest.val_bpb == 2.0
+
+
+def test_host_buffers_are_made_before_the_first_save(tmp_path: Path) -> None:
+    spec = make_spec()
+    trainee = Trainee(new_run(tmp_path / "run", spec), spec)
+    prepare, save, order = trainee.checkpointer.prepare, trainee.checkpointer.save, []
+    trainee.checkpointer.prepare = lambda s: (order.append("prepare"), prepare(s))[1]  # type: ignore
+    trainee.checkpointer.save = lambda *a, **k: (order.append("save"), save(*a, **k))[1]  # type: ignore
+    trainee.fit()
+    assert order == ["prepare", "save", "save", "save"]
+
+
+def test_a_checkpoint_is_not_written_twice(tmp_path: Path) -> None:
+    """A stop in a look: the step of it stands already when the look is made again."""
+    spec = make_spec()
+    run = new_run(tmp_path / "run", spec)
+    looks = iter([1.0, None])
+
+    def stop_in_it() -> float | None:
+        if (look := next(looks)) is None:
+            run.request_stop(StopReason.SIGNAL, time.time() + 60)
+        return look
+
+    assert Trainee(run, spec).fit(validate=stop_in_it).step == 4
+    run.clear_stop()
+    file = run.checkpoints_dir(STAGE) / "step_000004" / "state.json"
+    before = file.stat()
+    resumed = Trainee(run, spec)
+    resumed.fit()
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert [m.val_bpb for m in resumed.checkpointer.list_complete()] == [1.0, 1.0, 1.0]
 
 
 # -----------------------------------------------------------------------------
@@ -298,6 +517,23 @@ def test_a_budget_horizon_ends_with_the_learning_rate_at_its_end(
     assert scales[-1] < 0.5
     assert outcome.facts["val_bpb_last"] == 1.25
     assert latest(run) == outcome.step
+
+
+def scales_on_rank(dist: Dist, path: Path, spec: Any) -> list[float]:
+    """The learning rates' factors; rank 1 reads another horizon than rank 0."""
+    trainee, scales = Trainee(RunDir(path), spec, dist), []
+    trainee.optimizer.set_lr_scale = scales.append  # type: ignore[method-assign]
+    if not dist.is_main:
+        Horizon.after = lambda self, fraction, step_s: 0.99  # type: ignore[method-assign]
+    trainee.fit()
+    return scales
+
+
+def test_all_ranks_learn_at_rank_0s_rate(tmp_path: Path) -> None:
+    spec = make_spec(num_steps=3, warmdown_ratio=1.0)
+    run = new_run(tmp_path / "run", spec)
+    first, second = on_ranks(2, scales_on_rank, run.path, spec)
+    assert first == second and len(first) == 3
 
 
 @pytest.mark.parametrize("age_s", [None, 1e6])
