@@ -152,7 +152,7 @@ class GPT(nn.Module):
         n_rows, n_tokens = idx.shape
         if kv_cache is None:
             cos, sin = self.cos[None, :n_tokens, None], self.sin[None, :n_tokens, None]
-            mask = None if doc_ids is None else document_mask(doc_ids)
+            mask = None if doc_ids is None else document_mask(doc_ids, self.compiled_by_block)
         else:
             assert doc_ids is None and targets is None, "a KV cache is for generation"
             positions, mask = kv_cache.begin(n_tokens)
@@ -251,16 +251,21 @@ def shard_model(
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def document_mask(doc_ids: Tensor) -> Tensor | BlockMask:
+def document_mask(doc_ids: Tensor, compiled_by_block: bool = False) -> Tensor | BlockMask:
     """Causal attention inside documents: doc_ids [B, T] -> a mask for Attention.
 
     A compiled model on a GPU skips whole blocks of other documents (flex_attention); elsewhere the
     mask is dense, [B, 1, T, T] of bool, made once per forward pass.
     """
-    if doc_ids.is_cuda and torch.compiler.is_compiling():
+    if skips_blocks(doc_ids.device, compiled_by_block or torch.compiler.is_compiling()):
         return _document_block_mask(doc_ids)
     same = doc_ids[:, None, :, None] == doc_ids[:, None, None, :]
     return same.tril()
+
+
+def skips_blocks(device: torch.device, is_compiled: bool) -> bool:
+    """Whether attention between documents is skipped; flex_attention needs a compiler for that."""
+    return device.type == "cuda" and is_compiled
 
 
 def _document_block_mask(doc_ids: Tensor) -> BlockMask:

@@ -181,6 +181,21 @@ def test_block_mask_of_a_gpu_equals_the_dense_mask() -> None:
     torch.testing.assert_close(block, dense, atol=1e-5, rtol=1e-5)
 
 
+def test_a_gpu_skips_other_documents_where_the_model_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where its blocks are compiled one by one, as FSDP2 needs it."""
+    gpu = torch.device("cuda", 1)
+    assert gpt.skips_blocks(gpu, True)
+    assert not gpt.skips_blocks(gpu, False) and not gpt.skips_blocks(torch.device("cpu"), True)
+    asked: list[bool] = []
+    monkeypatch.setattr(gpt, "skips_blocks", lambda _, compiled: asked.append(compiled))
+    model, idx = GPT(TINY), torch.zeros(1, 4, dtype=torch.int64)
+    for model.compiled_by_block in (False, True):
+        model(idx, doc_ids=idx)
+    assert asked == [False, True]
+
+
 def test_recomputed_blocks_give_the_same_gradients() -> None:
     config = dataclasses.replace(TINY, dropout=0.2)
     model, idx = random_model(config), random_tokens(config, 2, 16)
