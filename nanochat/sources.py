@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
 from nanochat.corpus import DataFile
+from nanochat.machine import num_cores
 from nanochat.packing import Document
 from nanochat.rundir import RunDir
 from nanochat.spec import Data, SpecError
@@ -80,12 +81,13 @@ def make_source(
     *,
     run: RunDir,
     seed: int | None,
-    num_threads: int = 1,
+    num_threads: int | None = None,
 ) -> Source:
     """The source that a spec's data section asks for; all ranks may call it at the same time.
 
-    Making the cache is noted as progress of base_train, the stage that reads text. Raises
-    SpecError, see ParquetSource and open_token_cache.
+    Making the cache takes num_threads (unset: all cores of the machine, as the other ranks wait)
+    and is noted as progress of base_train, the stage that reads text. Raises SpecError, see
+    ParquetSource and open_token_cache.
     """
     if not data.cache:
         return ParquetSource(files, tokenizer, seed=seed)
@@ -97,6 +99,7 @@ def make_source(
             said_s = time.monotonic()
             run.write_progress("base_train", "tokenize", fraction=round(fraction, 4))
 
+    num_threads = num_threads or num_cores()
     cache = open_token_cache(files, tokenizer, num_threads=num_threads, on_progress=say)
     return TokenCacheSource(cache, tokenizer.bos_id, seed=seed)
 

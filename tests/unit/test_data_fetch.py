@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -265,6 +266,7 @@ def test_one_process_fills_a_folder_and_the_others_wait(tmp_path: Path) -> None:
     program = """
 import sys, time
 from pathlib import Path
+from typing import Any
 from nanochat.folders import make_folder
 folder, log = Path(sys.argv[1]), Path(sys.argv[2])
 def fill(staged):
@@ -332,6 +334,25 @@ def test_cache_is_made_once_and_again_when_it_is_torn(home: Path) -> None:
     again = make_source(files, ByteTokenizer(), data, run=run, seed=0)
     assert again.fetch(0, 3, 4).tokens[0].tolist() == expected
     assert tokens.stat().st_size > 10
+
+
+@pytest.mark.parametrize("num_threads", [None, 3])
+def test_cache_is_made_on_all_cores(
+    home: Path, monkeypatch: pytest.MonkeyPatch, num_threads: int | None
+) -> None:
+    threads: set[int] = set()
+
+    class Counting(ByteTokenizer):
+        def encode_batch(self, *args: Any, num_threads: int = 1, **kw: Any) -> Any:
+            threads.add(num_threads)
+            return super().encode_batch(*args, **kw)
+
+    monkeypatch.setattr("nanochat.sources.num_cores", lambda: 7)
+    run = RunDir(home / "run")
+    run.create()
+    make_source(ensure(Data()).train, Counting(), Data(cache=True), run=run, seed=0,
+                num_threads=num_threads)  # fmt: skip
+    assert threads == {num_threads or 7}
 
 
 # -- the stage
