@@ -257,7 +257,7 @@ class TrainStage(Section):
     matrix_lr: Rate = 0.02
     """Muon learning rate of the matrices."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """Decoupled weight decay, all parameters."""
+    """Decoupled weight decay of the matrices in the blocks; not of embedding and head."""
     grad_clip: Rate = 1.0
     """Largest norm of the gradient; inf switches clipping off."""
     warmup_ratio: Fraction = 0.0
@@ -351,7 +351,7 @@ class ChatRl(Section):
     unembedding_lr: Rate = 0.0002
     """AdamW learning rate of the output head at width 768."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """Decoupled weight decay, all parameters."""
+    """Decoupled weight decay of the matrices in the blocks; not of embedding and head."""
     grad_clip: Rate = 1.0
     """Largest norm of the gradient; inf switches clipping off."""
     eval_every_steps: Positive = 60
