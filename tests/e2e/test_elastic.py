@@ -1,7 +1,8 @@
 """One run on 4, 2, 1 and 4 ranks, killed between: the same samples, the same losses.
 
-In float64 the losses are those of one uninterrupted rank; in float32, where Muon amplifies the
-rounding of a regrouped sum, the first step after a change of ranks is.
+In float64 the losses are those of one uninterrupted rank within 1e-9. In float32 Muon amplifies the
+rounding of a regrouped sum: the first step after a change of ranks is that of the run without the
+change within 1e-5, later ones within 2 %.
 """
 
 import os
@@ -50,8 +51,8 @@ def losses(run: RunDir) -> dict[int, float]:
     return {m["step"]: m["loss"] for m in run.metrics() if m["stage"] == STAGE and "loss" in m}
 
 
-def spec_of_toy() -> Any:
-    spec = make_spec(num_steps=NUM_STEPS, eval_every_steps=10, grad_clip=0.5)
+def spec_of_toy(num_steps: int = NUM_STEPS) -> Any:
+    spec = make_spec(num_steps=num_steps, eval_every_steps=10, grad_clip=0.5)
     policy = spec.checkpoint.model_copy(update={"asynchronous": False})
     return spec.model_copy(update={"checkpoint": policy})
 
@@ -91,7 +92,25 @@ def test_float64_losses_are_those_of_one_rank(
     assert max(abs(got[step] - loss) for step, loss in one_rank.items()) < 1e-9
 
 
-def test_float32_losses_agree_at_the_first_step_and_stay_close(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 1), (1, 4)])
+def test_float32_first_step_after_a_change_of_ranks(
+    tmp_path: Path, before: int, after: int
+) -> None:
+    spec, dtype = spec_of_toy(num_steps=20), torch.float32
+    whole, changed = new_run(tmp_path / "whole", spec), new_run(tmp_path / "changed", spec)
+    assert exit_codes(before, train, whole.path, "replicated", None, dtype) == [0] * before
+    killed = exit_codes(before, train, changed.path, "replicated", 17, dtype)
+    assert killed == [-signal.SIGKILL] * before
+    assert exit_codes(after, train, changed.path, "replicated", None, dtype) == [0] * after
+    starts = [m["message"] for m in read_jsonl(changed.metrics_file) if m.get("event") == "start"]
+    assert starts[1].endswith("from step 10")
+    got, expected = losses(changed), losses(whole)
+    assert [got[step] for step in range(1, 11)] == [expected[step] for step in range(1, 11)]
+    assert abs(got[11] - expected[11]) < 1e-5
+    assert max(abs(got[step] / loss - 1) for step, loss in expected.items()) < 0.02
+
+
+def test_float32_losses_stay_close_over_all_changes(tmp_path: Path) -> None:
     whole = on_one_rank(tmp_path / "whole", torch.float32)
     got, starts = on_changing_ranks(tmp_path / "changed", LAYOUTS["replicated"], torch.float32)
     assert abs(got[1] - whole[1]) < 1e-5
