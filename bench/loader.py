@@ -84,7 +84,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                 key: row["ours"][key] / row["peer"][key]
                 for key in ("tokens_per_s", "trained_fraction", "seek_s")
             }
-    results["one_worker"] = child(args, "one_worker", CLUSTER_SEQ_LEN)
+    worker = child(args, "one_worker", CLUSTER_SEQ_LEN)
+    per_rank = CLUSTER_TOKENS_PER_S / worker["tokens_per_cpu_s"]
+    results["one_worker"] = {**worker, "cores_per_rank_at_cluster_speed": per_rank}
     results["paced"] = {
         "what": f"rank 0 of {CLUSTER_RANKS} at {CLUSTER_TOKENS_PER_S} tokens/s in all, "
         f"{PACED_STEPS} steps of {CLUSTER_BATCH_TOKENS} tokens; every rank tokenizes all of it",
