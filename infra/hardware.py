@@ -27,6 +27,13 @@ COUNTS = (1, 2, 4, 8)
 PRICE_DATE = "2026-11"
 RUNPOD = f"RunPod secure cloud, on demand, {PRICE_DATE}"
 DATA_SHEET = "NVIDIA data sheet, dense bf16"
+MAMF = "MAMF table of stas00/ml-engineering, compute/accelerator"
+OTHER_MAMF = "table of mag-/gpu_benchmark, which looks for the best shape likewise"
+NVLINK_4 = "NVIDIA in nccl-tests#212: 370 GB/s of a line rate of 450 where no SHARP helps"
+NVLINK_3 = (
+    "between 208 measured (nccl-tests#178) and 240, the 80 % of nccl-tests#212 of its 300 GB/s"
+)
+PCIE_4 = "20 GB/s once A100s have to go over PCIe 4 (nccl-tests#178)"
 VOLUME_USD_PER_GB_MONTH = 0.07
 """RunPod network volume below 1 TB (docs.runpod.io/serverless/pricing); $0.05 above."""
 
@@ -40,12 +47,14 @@ class Gpu:
     """What CUDA reports as total, after the driver's own share."""
     peak_flops: float
     matmul_flops: float
-    """Best bf16 matrix product that is sustained (MAMF of stas00/ml-engineering)."""
+    """Best bf16 matrix product that is sustained (maximum achievable matmul FLOPS, MAMF)."""
+    matmul_source: str
     attention_flops: float
     """FlashAttention-2, causal, head width 128, forward and backward, at 2k tokens."""
     memory_bytes_per_s: float
     link_bytes_per_s: float
     """Bus bandwidth of a collective over the GPUs of one machine (nccl-tests' busbw)."""
+    link_source: str
     has_nvlink: bool
     usd_per_hour: float
     price_source: str = RUNPOD
@@ -59,9 +68,11 @@ GPUS = (
         memory_gib=178.3,
         peak_flops=2250e12,
         matmul_flops=1745e12,
+        matmul_source=f"{MAMF}: 1,745",
         attention_flops=700e12,
         memory_bytes_per_s=8.0e12,
         link_bytes_per_s=650e9,
+        link_source="72 % of a line rate of 900; 770 point to point (AI-benchmarking-guide#7)",
         has_nvlink=True,
         usd_per_hour=5.98,
         driver_names=("B200",),
@@ -71,9 +82,11 @@ GPUS = (
         memory_gib=139.7,
         peak_flops=989e12,
         matmul_flops=794.5e12,
+        matmul_source=f"{MAMF}: 794.5 on H100, the same chip",
         attention_flops=335e12,
         memory_bytes_per_s=4.8e12,
         link_bytes_per_s=360e9,
+        link_source=NVLINK_4,
         has_nvlink=True,
         usd_per_hour=3.59,
         driver_names=("H200",),
@@ -83,9 +96,11 @@ GPUS = (
         memory_gib=79.2,
         peak_flops=989e12,
         matmul_flops=794.5e12,
+        matmul_source=f"{MAMF}: 794.5",
         attention_flops=335e12,
         memory_bytes_per_s=3.35e12,
         link_bytes_per_s=360e9,
+        link_source=NVLINK_4,
         has_nvlink=True,
         usd_per_hour=2.69,
         driver_names=("H100 80GB HBM3",),
@@ -94,10 +109,12 @@ GPUS = (
         name="H100-PCIE",
         memory_gib=79.1,
         peak_flops=756e12,
-        matmul_flops=530e12,
+        matmul_flops=499.5e12,
+        matmul_source=f"{OTHER_MAMF}: 499.5",
         attention_flops=260e12,
         memory_bytes_per_s=2.0e12,
-        link_bytes_per_s=30e9,
+        link_bytes_per_s=28e9,
+        link_source="28 GB/s where 8 RTX 5090 go over PCIe 5; the host bounds it (nccl#1639)",
         has_nvlink=False,
         usd_per_hour=2.39,
         driver_names=("H100 PCIe",),
@@ -107,9 +124,11 @@ GPUS = (
         memory_gib=79.2,
         peak_flops=312e12,
         matmul_flops=271.2e12,
+        matmul_source=f"{MAMF}: 271.2",
         attention_flops=175e12,
         memory_bytes_per_s=2.04e12,
         link_bytes_per_s=230e9,
+        link_source=NVLINK_3,
         has_nvlink=True,
         usd_per_hour=1.49,
         driver_names=("A100-SXM4-80GB",),
@@ -119,9 +138,11 @@ GPUS = (
         memory_gib=79.2,
         peak_flops=312e12,
         matmul_flops=252.9e12,
+        matmul_source=f"{MAMF}: 252.9",
         attention_flops=165e12,
         memory_bytes_per_s=1.94e12,
         link_bytes_per_s=20e9,
+        link_source=PCIE_4,
         has_nvlink=False,
         usd_per_hour=1.39,
         driver_names=("A100 80GB PCIe",),
@@ -131,9 +152,11 @@ GPUS = (
         memory_gib=39.4,
         peak_flops=312e12,
         matmul_flops=271.2e12,
+        matmul_source=f"{MAMF}: 271.2",
         attention_flops=175e12,
         memory_bytes_per_s=1.555e12,
         link_bytes_per_s=230e9,
+        link_source=NVLINK_3,
         has_nvlink=True,
         usd_per_hour=1.29,
         price_source="Lambda on demand, 2026; a university cluster sets budget.usd_per_hour = 0",
@@ -143,10 +166,12 @@ GPUS = (
         name="L40S",
         memory_gib=44.4,
         peak_flops=362e12,
-        matmul_flops=230e12,
+        matmul_flops=252.0e12,
+        matmul_source=f"{OTHER_MAMF}: 252.0",
         attention_flops=150e12,
         memory_bytes_per_s=0.864e12,
         link_bytes_per_s=20e9,
+        link_source=PCIE_4,
         has_nvlink=False,
         usd_per_hour=0.86,
         driver_names=("L40S",),
@@ -156,9 +181,11 @@ GPUS = (
         memory_gib=23.5,
         peak_flops=165.2e12,
         matmul_flops=150e12,
+        matmul_source=f"{OTHER_MAMF}: 178.5 at boost clocks; taken as 91 % of the data sheet",
         attention_flops=130e12,
         memory_bytes_per_s=1.008e12,
         link_bytes_per_s=12e9,
+        link_source="an estimate: PCIe 4, and every byte crosses the host's memory (no P2P)",
         has_nvlink=False,
         usd_per_hour=0.69,
         driver_names=("GeForce RTX 4090",),

@@ -43,8 +43,10 @@ class Code:
     product and its square at four widths each."""
     kept_kv: int = 3
     """Tensors as wide as the keys: k and v in the joint product, rotated k."""
-    holds_logits: bool = False
-    """Whether all logits of a forward pass are there at a time."""
+    kept_recomputed_d: float = 1.0
+    """Of these, in widths of n_embd, what a block keeps where it is recomputed: its input."""
+    held_logit_bytes: int = 0
+    """Bytes per logit where all of a forward pass are there at a time; 0: a chunk of them is."""
     stale_bytes_per_matrix_param: float = 0.0
     """Buffers of the last step's collectives that are still there, per matrix parameter."""
     stale_bytes_per_param: float = 0.0
@@ -53,7 +55,13 @@ class Code:
     matrix products and attention, when pointwise work is fused."""
     passes_eager: int = 170
     """The same without fusion."""
+    logit_passes: int = 4
+    """Reads and writes of the logits in the compute dtype, outside of matrix products."""
+    recomputed_products: float = 1.0
+    """Share of the FLOPs of a block's matrix products that recomputation does again."""
+    recomputes_attention: bool = True
     uses_muon: bool = True
+    """Else AdamW has two moments of every parameter."""
 
 
 OURS = Code()
@@ -158,7 +166,7 @@ def optimizer_bytes(c: GPTConfig, layout: Layout) -> int:
     ends = 8 * 2 * math.ceil(c.vocab_size / parts) * c.n_embd
     if layout.fsdp:
         matrices = sum(n * math.ceil(r / parts) * k for (r, k), n in matrix_shapes(c).items())
-        return ends + 4 * matrices
+        return ends + (4 if layout.code.uses_muon else 8) * matrices
     owned = 0
     for (rows, cols), n in matrix_shapes(c).items():
         group = parts * max(1, STACK_NUMEL // (rows * cols * parts))
@@ -173,7 +181,7 @@ def activation_bytes(c: GPTConfig, layout: Layout, tokens: int) -> float:
     block, wide = layer_activations(c, layout), c.n_embd * layout.itemsize
     kept = c.n_layer * block
     if layout.recompute:
-        kept = c.n_layer * wide + block + 3 * wide
+        kept = c.n_layer * layout.code.kept_recomputed_d * wide + block + 3 * wide
     # the embedding in float32, the last x and its norm, token ids and targets
     ends = 4 * c.n_embd + 2 * wide + 16
     return float(tokens * (kept + ends))
@@ -190,9 +198,9 @@ def layer_activations(c: GPTConfig, layout: Layout) -> int:
 
 def logit_bytes(c: GPTConfig, layout: Layout, tokens: int) -> float:
     """Logits at a time, and the gradients of head and features that the loss makes with them."""
+    if layout.code.held_logit_bytes:
+        return float(tokens * c.vocab_size * layout.code.held_logit_bytes)
     all_logits = tokens * c.vocab_size * layout.itemsize
-    if layout.code.holds_logits:
-        return float(all_logits)
     chunk = min(CHUNK_BYTES[layout.cpu], all_logits)
     if not layout.compiled:
         chunk += 2 * min(BLOCK_BYTES[layout.cpu], all_logits) * 4 // layout.itemsize

@@ -31,10 +31,12 @@ CPU_ACHIEVED = {True: 0.45, False: 0.24}
 CPU_HALF_WIDTH = 64
 """Width at which a CPU reaches half of that. Fitted."""
 
+TF32_SHARE = 0.5
+"""What a GPU's matrix units do in TF32, which fp32 trains in there (distributed.
+choose_float32_kernels), of what they do in bf16: half on every data sheet (A100 156 of 312 TFLOP/s,
+H100 SXM 494.5 of 989, H100 PCIe 378 of 756, L40S 183 of 362, RTX 4090 82.6 of 165.2)."""
 BANDWIDTH_SHARE = 0.9
 """Of the data sheet's memory bandwidth, what a long copy reaches."""
-LOGIT_PASSES = 4
-"""Reads and writes of the logits outside of matrix products."""
 NEWTON_SCHULZ_STEPS = 5
 FORWARD_SHARE = 1 / 3
 STEP_OVERHEAD_S = {False: 0.005, True: 0.003}
@@ -78,19 +80,23 @@ def step_time(c: GPTConfig, layout: Layout, offer: Offer, rows: int, accum: int)
 
 def token_s(c: GPTConfig, layout: Layout, offer: Offer) -> float:
     """Seconds of forward and backward per token on one device."""
-    attention_flops = 12 * c.n_layer * c.n_embd * c.seq_len
+    attention_flops = 12.0 * c.n_layer * c.n_embd * c.seq_len
     again = 4 / 3 if layout.recompute else 1.0
     if layout.cpu:
         share = CPU_ACHIEVED[layout.compiled] * c.n_embd / (c.n_embd + CPU_HALF_WIDTH)
         return flops_per_token(c) * again / (offer.matmul_flops * share)
     head = 6 * c.vocab_size * c.n_embd
-    matmul_s = ((6 * num_params_matmul(c) - head) * again + head) / offer.matmul_flops
-    # the formula counts the full square; a causal kernel does half of it
-    attention_s = attention_flops / 2 * again / offer.attention_flops
     code = layout.code
+    kernels = TF32_SHARE if layout.itemsize == 4 else 1.0
+    products = 1 + code.recomputed_products / 3 if layout.recompute else 1.0
+    matmul_flops = (6 * num_params_matmul(c) - head) * products + head
+    matmul_s = matmul_flops / (offer.matmul_flops * kernels)
+    # the formula counts the full square; a causal kernel does half of it
+    attention_flops *= (again if code.recomputes_attention else 1.0) / 2
+    attention_s = attention_flops / (offer.attention_flops * kernels)
     passes = code.passes_compiled if layout.compiled else code.passes_eager
     passes *= c.n_layer * c.n_embd
-    moved = layout.itemsize * (passes * again + LOGIT_PASSES * c.vocab_size)
+    moved = layout.itemsize * (passes * again + code.logit_passes * c.vocab_size)
     elementwise_s = moved / (offer.memory_bytes_per_s * BANDWIDTH_SHARE)
     return (matmul_s + attention_s + elementwise_s) / ACHIEVED
 

@@ -53,8 +53,9 @@ def test_three_gpus_are_no_offer() -> None:
         parse_offer("3xH100-SXM")
 
 
-def test_rates_are_possible() -> None:
+def test_rates_are_possible_and_each_has_a_source() -> None:
     for gpu in GPUS:
+        assert gpu.matmul_source and gpu.link_source
         assert 0.5 * gpu.peak_flops < gpu.matmul_flops < gpu.peak_flops
         assert gpu.attention_flops < gpu.matmul_flops
         assert (gpu.link_bytes_per_s > 100e9) == gpu.has_nvlink

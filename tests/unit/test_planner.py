@@ -2,7 +2,8 @@
 
 import json
 import math
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infra import memory as memory_model
 from infra import throughput
 from infra.hardware import GIB, GPUS, OFFERS, Offer, gpu_offer, parse_offer
 from infra.layout import make_layout
-from infra.memory import BLOCK_BYTES, CHUNK_BYTES, OURS, STACK_NUMEL, Code, Layout, step_memory
+from infra.memory import (
+    BLOCK_BYTES,
+    CHUNK_BYTES,
+    CONTEXT_BYTES,
+    OURS,
+    STACK_NUMEL,
+    Code,
+    Layout,
+    step_memory,
+)
 from infra.planner import Plan, make_plan
 from nanochat import loss, optim
 from nanochat.gpt import GPT
@@ -38,13 +49,27 @@ CODES = {
     # gathered outputs of a step are still there in the next one.
     "nanochat": replace(
         OURS,
-        holds_logits=True,
+        held_logit_bytes=2,
         stale_bytes_per_matrix_param=8,
         stale_bytes_per_param=4,
     ),
     # GELU, layer norms with weights, AdamW, no compile.
     "llm-foundry": Code(passes_eager=110, uses_muon=False),
-    "torchtitan": Code(uses_muon=False),
+    # Counted in torchtitan's train.py and parallelize_llama.py of late 2024 for Llama 3.1 8B, in
+    # widths of 4096: a block keeps 7 and, of its SwiGLU, three of 14,336, and k twice and v of
+    # 1,024. Its selective checkpointing does every second product again (wk, wo, w3: 79.7 of 218.1 M weights)
+    # and keeps the block's input and the outputs of wq, wv, attention, w1 and w2. The loss is eager
+    # in float32: log-probabilities, their gradient and the logits'.
+    "torchtitan": Code(
+        kept_d=18,
+        kept_kv=0,
+        kept_recomputed_d=7.75,
+        recomputed_products=0.365,
+        recomputes_attention=False,
+        held_logit_bytes=12,
+        logit_passes=18,
+        uses_muon=False,
+    ),
 }
 
 
@@ -58,7 +83,7 @@ def golden_case(run: dict) -> tuple[GPTConfig, Layout, Offer]:
         seq_len=run["seq_len"],
         vocab_size=run["vocab_size"],
     )
-    offer = parse_offer(run["offer"])
+    offer = replace(parse_offer(run["offer"]), **run.get("offer_facts", {}))
     layout = Layout(
         world_size=offer.count,
         fsdp=run.get("fsdp", False),
@@ -70,16 +95,32 @@ def golden_case(run: dict) -> tuple[GPTConfig, Layout, Offer]:
     return config, layout, offer
 
 
-@pytest.mark.parametrize("run", RUNS, ids=lambda r: r["name"])
-def test_time_of_public_runs(run: dict) -> None:
+def step_seconds(run: dict) -> tuple[float, float]:
+    """(measured, planned) seconds of a step."""
     config, layout, offer = golden_case(run)
     accum = run["grad_accum_steps"]
-    step_s = throughput.step_time(config, layout, offer, run["rows"], accum).total_s
+    planned_s = throughput.step_time(config, layout, offer, run["rows"], accum).total_s
     tokens = run["rows"] * accum * config.seq_len * offer.count
     flops_per_s = tokens * flops_per_token(config) / offer.peak_flops / offer.count
     measured = run["measured"]
-    measured_s = measured.get("step_s") or flops_per_s / measured["mfu"]
-    assert measured_s / step_s == pytest.approx(1.0, abs=run["time_tolerance"])
+    return measured.get("step_s") or flops_per_s / measured["mfu"], planned_s
+
+
+def allocated_mib(run: dict) -> float:
+    """What the plan says is allocated: bytes of tensors without the context; gradients are not
+    there yet when the backward pass of the only forward pass of a step begins."""
+    config, layout, offer = golden_case(run)
+    memory = step_memory(config, layout, run["rows"], offer)
+    allocated = memory.total - CONTEXT_BYTES[False]
+    if run["grad_accum_steps"] == 1:
+        allocated -= memory.grads
+    return allocated / 2**20
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda r: r["name"])
+def test_time_of_public_runs(run: dict) -> None:
+    measured_s, planned_s = step_seconds(run)
+    assert measured_s / planned_s == pytest.approx(1.0, abs=run["time_tolerance"])
     if run["time_tolerance"] > 0.10:
         assert run["note"], "a difference of more than 10 percent is explained"
 
@@ -88,14 +129,53 @@ def test_time_of_public_runs(run: dict) -> None:
     "run", [r for r in RUNS if "allocated_mib" in r["measured"]], ids=lambda r: r["name"]
 )
 def test_memory_of_public_runs(run: dict) -> None:
-    """Nothing is fitted here. The figures are bytes allocated, without context; gradients are not
-    there yet when the backward pass of the only forward pass of a step begins."""
-    config, layout, offer = golden_case(run)
-    memory = step_memory(config, layout, run["rows"], offer)
-    allocated = memory.total - 1.2 * GIB
-    if run["grad_accum_steps"] == 1:
-        allocated -= memory.grads
-    assert allocated / 2**20 == pytest.approx(run["measured"]["allocated_mib"], rel=0.08)
+    """Nothing is fitted here."""
+    assert allocated_mib(run) == pytest.approx(run["measured"]["allocated_mib"], rel=0.08)
+
+
+def accuracy_table() -> str:
+    """The tables of docs/planner.md: what was measured, what the plan says, why they differ."""
+    lines = [
+        "| run | | s per step, measured | planned | measured / planned | GiB, measured | planned |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    far = []
+    for run in RUNS:
+        measured_s, planned_s = step_seconds(run)
+        deviation = f"{measured_s / planned_s - 1:+.1%}".replace("%", " %")
+        cells = [run["name"], run["role"], f"{measured_s:.3f}", f"{planned_s:.3f}", deviation]
+        measured_mib = run["measured"].get("allocated_mib")
+        planned = allocated_mib(run) / 1024
+        cells += [f"{measured_mib / 1024:.1f}", f"{planned:.1f}"] if measured_mib else ["", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+        if abs(measured_s / planned_s - 1) > 0.10:
+            far.append(f"- {run['name']} ({deviation}): {run['note']}.")
+    sources: dict[str, list[str]] = {}
+    for run in RUNS:
+        sources.setdefault(run["source"], []).append(run["name"])
+    told = [
+        f"- {names[0] if len(names) == 1 else 'llm-foundry'}: {source}."
+        for source, names in sources.items()
+    ]
+    return "\n".join([*lines, "", "Further off than 10 %:", "", *far, "", "Sources:", "", *told])
+
+
+def test_the_accuracy_that_is_told_is_that_of_the_code() -> None:
+    told = (REPO / "docs/planner.md").read_text()
+    assert accuracy_table() in told, f"docs/planner.md is to have:\n\n{accuracy_table()}"
+
+
+def test_every_parameter_of_time_and_memory_is_told() -> None:
+    told = (REPO / "docs/planner.md").read_text()
+    constants = [
+        name
+        for module in (throughput, memory_model)
+        for name in re.findall(r"^([A-Z][A-Z0-9_]+) = ", Path(module.__file__).read_text(), re.M)
+    ]
+    counted = [f.name for f in fields(Code)]
+    assert len(constants) > 12
+    for name in (*constants, *counted):
+        assert name == "OURS" or f"`{name}`" in told, f"docs/planner.md does not tell of {name}"
 
 
 @pytest.mark.parametrize(
@@ -131,7 +211,9 @@ def test_what_did_not_fit() -> None:
     assert not step_memory(config, layout, 16, offer).fits
     config, layout, offer = golden_case(by_name["d20 on 8 x H100"])
     memory = step_memory(config, layout, 32, offer)
-    assert memory.total > 0.95 * memory.available
+    assert not memory.fits
+    needed_gib = 72.48 + 8.00  # in use by the process, and what it asked for in vain (issue 443)
+    assert memory.total / GIB == pytest.approx(needed_gib, rel=0.08)
 
 
 def test_every_fitted_number_is_listed() -> None:
@@ -407,6 +489,14 @@ def test_stop_says_what_it_leaves() -> None:
     assert make_plan(spec_of("d20")).stop["expect"] == "last complete checkpoint"
     patient = make_plan(spec_of("d20", "stop_grace_s=120.0"))
     assert patient.stop["expect"] == "fresh checkpoint"
+
+
+def test_fp32_on_a_gpu_is_planned_at_the_rate_of_tf32() -> None:
+    offer, overrides = OFFERS["1xH100-SXM"], ("budget.max_hours=1000.0", "budget.max_usd=10000.0")
+    bf16 = make_plan(spec_of("d20", *overrides), offer).stages[0]
+    fp32 = make_plan(spec_of("d20", *overrides, 'runtime.dtype="fp32"'), offer).stages[0]
+    assert 1.9 < bf16.tokens_per_s / fp32.tokens_per_s < 2.1
+    assert fp32.mfu < 0.32, "TF32's peak is half of the peak that MFU is told by"
 
 
 def test_layout_of_a_spec_has_its_precision() -> None:
