@@ -57,9 +57,9 @@ CODES = {
     "llm-foundry": Code(passes_eager=110, uses_muon=False),
     # Counted in torchtitan's train.py and parallelize_llama.py of late 2024 for Llama 3.1 8B, in
     # widths of 4096: a block keeps 7 and, of its SwiGLU, three of 14,336, and k twice and v of
-    # 1,024. Its selective checkpointing does every second product again (wk, wo, w3: 79.7 of 218.1 M weights)
-    # and keeps the block's input and the outputs of wq, wv, attention, w1 and w2. The loss is eager
-    # in float32: log-probabilities, their gradient and the logits'.
+    # 1,024. Its selective checkpointing does every second product again (wk, wo, w3: 79.7 of 218.1
+    # M weights) and keeps the block's input and the outputs of wq, wv, attention, w1 and w2. The
+    # loss is eager in float32: log-probabilities, their gradient and the logits'.
     "torchtitan": Code(
         kept_d=18,
         kept_kv=0,
