@@ -6,12 +6,20 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from infra import hardware, planner, reap
 from infra.launch import runpod, runpod_pod, sky, sky_cluster, sky_sweep
-from infra.launch.base import Job, LaunchError, Rendered, present_secrets
+from infra.launch.base import (
+    Job,
+    LaunchError,
+    Rendered,
+    check_data,
+    check_image,
+    present_secrets,
+)
 from infra.launch.sky_sdk import SkyPilot
 from infra.pull import Pulled, open_source
 from infra.pull import pull as bring
@@ -34,13 +42,28 @@ def launch_runpod(args: argparse.Namespace, spec: RunSpec, path: Path) -> int | 
         secrets=present_secrets(os.environ),
     )
     jobs = _jobs(args, spec, path)
+    for job in jobs:
+        check_data(job, job.spec.data.path, options.volume is not None)
     if args.dry_run:
-        return runpod.render(jobs, options, _volumes(options))
-    options = runpod.check_image(options)
-    return runpod_pod.open_launcher().submit(jobs, options)
+        volumes = _volumes(options)
+        return runpod.render(_jobs(args, spec, path, _free_gib(options, volumes)), options, volumes)
+    options = replace(options, image=check_image(options.image))
+    launcher = runpod_pod.open_launcher()
+    jobs = _jobs(args, spec, path, _free_gib(options, launcher.volumes))
+    return launcher.submit(jobs, options)
 
 
-def _jobs(args: argparse.Namespace, spec: RunSpec, path: Path) -> list[Job]:
+def _free_gib(options: runpod.RunPodOptions, volumes: Sequence[runpod.Volume]) -> float | None:
+    """Most space that the smallest of the fitting volumes can have; None where it is not told."""
+    if options.volume is None:
+        return None
+    sizes_gb = [v.size_gb for v in runpod.fitting_volumes(options, volumes) if v.size_gb]
+    return min(sizes_gb) * 1e9 / hardware.GIB if sizes_gb else None
+
+
+def _jobs(
+    args: argparse.Namespace, spec: RunSpec, path: Path, free_gib: float | None = None
+) -> list[Job]:
     """The run, planned on each offer; those on which it cannot work are left out."""
     offers = list(filter(None, (args.offers or "").split(","))) or [spec.offer]
     jobs, refused = [], []
@@ -48,7 +71,7 @@ def _jobs(args: argparse.Namespace, spec: RunSpec, path: Path) -> list[Job]:
         overrides = list(args.overrides)
         if offer != spec.offer:
             overrides.append(f'offer="{offer}"')
-        job, refusal = _planned(args, path, tuple(overrides))
+        job, refusal = _planned(args, path, tuple(overrides), free_gib)
         if refusal is None:
             jobs.append(job)
         else:
@@ -61,11 +84,11 @@ def _jobs(args: argparse.Namespace, spec: RunSpec, path: Path) -> list[Job]:
 
 
 def _planned(
-    args: argparse.Namespace, path: Path, overrides: tuple[str, ...]
+    args: argparse.Namespace, path: Path, overrides: tuple[str, ...], free_gib: float | None = None
 ) -> tuple[Job, str | None]:
     """The run with these overrides on its spec's offer, and why the plan refuses it, or None."""
     asked = load_spec(path, overrides)
-    made = planner.make_plan(asked, hardware.parse_offer(asked.offer))
+    made = planner.make_plan(asked, hardware.parse_offer(asked.offer), free_gib=free_gib)
     job = Job(config=args.config[1:], overrides=overrides, spec=asked, plan=made.to_json())
     return job, "; ".join(made.reasons) if made.verdict == "refused" else None
 
@@ -85,7 +108,10 @@ def launch_sky(args: argparse.Namespace, spec: RunSpec, path: Path) -> int | Ren
     points = sky_sweep.points(spec, args.sweep) if args.sweep else [()]
     jobs, refused = [], []
     for point in points:
-        job, refusal = _planned(args, path, (*args.overrides, *point))
+        overrides = (*args.overrides, *point)
+        job, refusal = _planned(args, path, overrides)
+        if size_gb := sky.volume_gb(job, options):
+            job, refusal = _planned(args, path, overrides, size_gb * 1e9 / hardware.GIB)
         jobs.append(job)
         if refusal is not None:
             refused.append(f"{job.name}: {refusal}")

@@ -5,7 +5,7 @@ Secrets are named in a rendered job and never in it: their values go from the en
 """
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ POD_PREFIX = "NANOCHAT_LABEL_"
 """Variables of a pod that are labels: for `reap`, the dead man's switch and the ledger."""
 LEAST_LEFT_S = 180.0
 """A machine that could only live for this time is not asked for."""
+VOLUME_MOUNT = "/workspace"
+"""Where a rented machine has the network volume."""
+IMAGE_PLACE = "/opt/nanochat"
 
 
 class LaunchError(RuntimeError):
@@ -111,6 +114,36 @@ def refuse_spent(job: Job, before_usd: float, usd_per_hour: float) -> None:
 def present_secrets(environ: Mapping[str, str]) -> tuple[str, ...]:
     """Names of the secrets that the environment has a value for."""
     return tuple(name for name in SECRETS if environ.get(name))
+
+
+def check_image(image: str) -> str:
+    """The image without SkyPilot's prefix. Raises LaunchError where a rented machine could not pull
+    it: a pod whose image never comes starts neither its switch nor SkyPilot's autostop."""
+    image = image.removeprefix("docker:") or default_image()
+    if "/" in image:
+        return image
+    raise LaunchError(
+        f"a rented machine pulls its image from a registry, and {image} is only here: "
+        f"make push REGISTRY=ghcr.io/YOU, then --image ghcr.io/YOU/{default_image()}"
+    )
+
+
+def check_data(job: Job, path: str | None, on_volume: bool, sent: Collection[str] = ()) -> None:
+    """Raises LaunchError where a text of the user's own would not be found on a rented machine.
+
+    path: data.path as the run reads it there; on_volume: whether a volume is mounted there; sent:
+    files that travel along.
+    """
+    if job.spec.data.source != "text" or path is None or path in sent:
+        return
+    places = (VOLUME_MOUNT, IMAGE_PLACE) if on_volume else (IMAGE_PLACE,)
+    if any(Path(path).is_relative_to(place) for place in places):
+        return
+    there = f"{VOLUME_MOUNT}/{Path(path).name}"
+    raise LaunchError(
+        f"data.path = {path!r} is not on the machine that is rented. Put the file on the volume "
+        f"(docs/cloud.md, A text of your own), then give 'data.path=\"{there}\"'"
+    )
 
 
 def default_image() -> str:

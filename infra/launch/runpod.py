@@ -1,7 +1,8 @@
 """Launcher for RunPod: one pod per run, its files on a network volume, the end by the pod itself.
 
 * A pod is asked for rung by rung: every offer that is given, in every data centre that has the
-  volume. A rung that is refused, too dear, not up in time or unfit is left for the next one.
+  volume. A rung that is refused or too dear is left; one whose pod was not up in time or was unfit
+  is asked again after the others, for the next pod is another machine.
 * What bounds the pod stands in its labels, so that `reap` ends it from any machine with the key.
 * Secrets are named in what is rendered; `submit` fills their values in on the way to the SDK.
 * SECURE hosts only: the pod has a key that can end it.
@@ -15,7 +16,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from infra import reap
@@ -23,6 +24,7 @@ from infra.hardware import GPUS
 from infra.launch.base import (
     IMAGE_NAME,
     POD_PREFIX,
+    VOLUME_MOUNT,
     Job,
     LaunchError,
     Rendered,
@@ -33,7 +35,6 @@ from infra.processes import APP_DIR
 from infra.runpod_api import Pod, ProviderError, RunPodApi
 from nanochat.rundir import EXIT_SPEC, EXIT_STOPPED, EXIT_UNFIT_NODE
 
-MOUNT = "/workspace"
 CONTAINER_DISK_GB = 40
 CUDA_VERSIONS = ("13.0", "13.1", "13.2", "13.3", "13.4")
 """Of hosts whose driver can run the torch of requirements.lock; RunPod compares by name. On another
@@ -42,6 +43,8 @@ BOOT_DEADLINE_S = 900.0
 """Image pull, start and node check; the image is some 6 GB."""
 MAX_PODS = 3
 """Pods of one launch that may fail their start before a person has to look."""
+TOO_DEAR = "costs"
+"""How the trouble begins with a pod that another one of its rung would have too."""
 PRICE_MARGIN = 1.15
 """A rung that costs more than this times its plan is left out."""
 POLL_S = 5.0
@@ -95,6 +98,8 @@ class Volume:
     id: str
     name: str
     data_center: str
+    size_gb: float | None = None
+    """10^9 bytes; None where the account does not tell."""
 
 
 def render(jobs: Sequence[Job], options: RunPodOptions, volumes: Sequence[Volume]) -> Rendered:
@@ -179,7 +184,7 @@ def pod_arguments(
         "container_disk_in_gb": CONTAINER_DISK_GB,
         "docker_args": shlex.join(command),
         "ports": ",".join(ports),
-        "volume_mount_path": MOUNT,
+        "volume_mount_path": VOLUME_MOUNT,
         "network_volume_id": rung.volume_id,
         "env": {**env, IMAGE_NAME: image, **{POD_PREFIX + k: v for k, v in labels.items()}},
     }
@@ -235,10 +240,12 @@ class Launcher:
         """Start the run on the first rung that works and follow it; its exit code."""
         name = jobs[0].name
         self.refuse_second(name)
-        before = reap.spent_before(name)
         failed: list[str] = []
         pods = 0
-        for job, rung in rungs(jobs, options, self.volumes):
+        left = list(rungs(jobs, options, self.volumes))
+        while left and pods < MAX_PODS:
+            job, rung = left.pop(0)
+            before = reap.spent_before(name)  # with what pods of this launch have cost
             refuse_spent(job, before, rung.usd_per_hour)
             where = f"{rung.offer} in {rung.data_center or 'any data centre'}"
             self._say(f"asking for {where}")
@@ -255,8 +262,8 @@ class Launcher:
             self.end(name, pod_id)
             failed.append(f"{where}: pod {pod_id} {trouble}")
             self._say(failed[-1])
-            if pods >= MAX_PODS:
-                break
+            if not trouble.startswith(TOO_DEAR):
+                left.append((job, rung))
         raise LaunchError(
             f"no pod for {name}:\n  " + "\n  ".join(failed) + "\nTry later, or give more offers: "
             "--offers 8xH100-SXM,8xH100-PCIE",
@@ -306,7 +313,7 @@ class Launcher:
             if pod is not None:
                 if pod.usd_per_hour > rung.ceiling_usd_per_hour > 0.0:
                     ceiling = rung.ceiling_usd_per_hour
-                    return f"costs ${pod.usd_per_hour:.2f}/h, more than ${ceiling:.2f}/h"
+                    return f"{TOO_DEAR} ${pod.usd_per_hour:.2f}/h, more than ${ceiling:.2f}/h"
                 if pod.status != "RUNNING":
                     return f"is {pod.status}"
                 state = self.state_of(pod)
@@ -428,22 +435,18 @@ def pod_of(pods: Sequence[Pod], run_name: str) -> Pod | None:
     return next((p for p in pods if p.labels.get("run") == run_name or p.name in names), None)
 
 
-def check_image(options: RunPodOptions) -> RunPodOptions:
-    """Raises LaunchError where RunPod could not pull the image."""
-    if options.image:
-        return replace(options, image=options.image.removeprefix("docker:"))
-    raise LaunchError(
-        f"RunPod pulls from a registry, and {default_image()} is only here: "
-        "make push REGISTRY=ghcr.io/YOU, then --image ghcr.io/YOU/" + default_image()
-    )
-
-
 def _places(
     options: RunPodOptions, volumes: Sequence[Volume]
 ) -> list[tuple[str | None, str | None]]:
     """(data centre, volume id) in order; a volume of SkyPilot's is NAME-userhash-xxxxxx."""
     if options.volume is None:
         return [(place, None) for place in options.data_centers] or [(None, None)]
+    return [(v.data_center, v.id) for v in fitting_volumes(options, volumes)]
+
+
+def fitting_volumes(options: RunPodOptions, volumes: Sequence[Volume]) -> list[Volume]:
+    """The volumes of the name or id that is asked for, in the order of the data centres. Raises
+    LaunchError without one."""
     wanted = options.volume
     fitting = [
         v
@@ -463,7 +466,7 @@ def _places(
             "none, and the run is lost with its pod",
             EXIT_SPEC,
         )
-    return [(v.data_center, v.id) for v in fitting]
+    return fitting
 
 
 def _quoted(text: str) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from infra import reap
-from infra.launch.base import LaunchError
-from infra.launch.runpod import MOUNT, Launcher, Volume, pod_of, pods_or_explain
+from infra.launch.base import VOLUME_MOUNT, LaunchError
+from infra.launch.runpod import Launcher, Volume, pod_of, pods_or_explain
 from infra.pull import Host
 from infra.runpod_api import Pod, RunPodApi, connect
 from nanochat.rundir import EXIT_STOPPED, nanochat_home
@@ -30,7 +30,7 @@ def open_launcher(out: TextIO = sys.stderr) -> Launcher:
     api = connect_or_explain()
     try:
         volumes = [
-            Volume(str(v["id"]), str(v["name"]), str(v["dataCenterId"]))
+            Volume(str(v["id"]), str(v["name"]), str(v["dataCenterId"]), v.get("size"))
             for v in sdk.get_user().get("networkVolumes") or []
         ]
     except Exception as e:  # whatever the SDK raises
@@ -140,7 +140,7 @@ def run_on_pod(address: tuple[str, int], run_name: str) -> Host:
 
 def path_on_pod(run_name: str) -> str:
     """Where a pod has the files of a run; its volume may have those of other runs too."""
-    return f"{MOUNT}/nanochat/runs/{run_name}"
+    return f"{VOLUME_MOUNT}/nanochat/runs/{run_name}"
 
 
 def key_file() -> Path:

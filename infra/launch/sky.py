@@ -13,6 +13,7 @@ import re
 import shlex
 import sys
 import threading
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,12 @@ from infra.hardware import OFFERS
 from infra.launch.base import (
     IMAGE_NAME,
     POD_PREFIX,
+    VOLUME_MOUNT,
     Job,
     LaunchError,
     Rendered,
+    check_data,
+    check_image,
     present_secrets,
     refuse_spent,
     worst_case_usd,
@@ -37,12 +41,12 @@ from infra.processes import APP_DIR
 from nanochat.rundir import EXIT_DONE, EXIT_STOPPED, EXIT_UNFIT_NODE
 
 TASKS = APP_DIR / "sky"
+DATA_PATH = "data.path="
 LAUNCH_LIMIT_S = 2400.0
-"""Image pull, start and set-up over all rungs; SkyPilot itself waits without a limit."""
+"""Image pull, start and set-up over all rungs; SkyPilot itself waits without a limit. All of it may
+be billed before the run starts, whose own budget counts from its first second."""
 CPUS_ELSEWHERE = "4+"
 """For a run without GPU on another cloud, which has other names for its machines."""
-BOOT_MINUTES = 15.0
-"""Billed before the run starts; the run's own budget counts from its first second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +84,16 @@ def fill(job: Job, options: SkyOptions) -> dict[str, Any]:
     """The task as SkyPilot takes it, with the overrides in ARGS."""
     task: dict[str, Any] = yaml.safe_load(task_file(job, options).read_text())
     task["envs"] = {**(task.get("envs") or {}), "ARGS": shlex.join(job.overrides)}
+    if any(o.startswith(DATA_PATH) for o in job.overrides):
+        # the text is elsewhere than where the task's command says: it is not sent along
+        sent = next((w for w in shlex.split(task["run"]) if w.startswith(DATA_PATH)), "")
+        mounts = task.pop("file_mounts", {})
+        mounts.pop(sent.removeprefix(DATA_PATH).strip('"'), None)
+        task |= {"file_mounts": mounts} if mounts else {}
     if any(shlex.quote(o) != o for o in job.overrides):
         # the shell splits an unquoted $ARGS at blanks and keeps quotes: they stand in the command
         task["run"] = task["run"].replace("$ARGS", shlex.join(job.overrides))
         task["envs"]["ARGS"] = ""
-    for hook in (task.get("config") or {}).get("hooks", ()):
-        hook["run"] = f"nanochat stop {job.name}"
     resources = task["resources"]
     if options.spot:
         resources["use_spot"] = True
@@ -104,6 +112,37 @@ def fill(job: Job, options: SkyOptions) -> dict[str, Any]:
             resources["cpus"] = CPUS_ELSEWHERE
     check_prices(job, task)
     return task
+
+
+def check_reachable(job: Job, task: dict[str, Any]) -> None:
+    """Raises LaunchError where the machine could not have the image, or the run not its text."""
+    check_image(task["resources"]["image_id"])
+    mounts: dict[str, str] = task.get("file_mounts") or {}
+    check_data(job, data_path(job, task), "volumes" in task, mounts)
+    for target, source in mounts.items():
+        if "://" not in str(source) and not Path(source).expanduser().exists():
+            raise LaunchError(
+                f"{source} is not in this folder, from where {target} is sent along: start from "
+                f"the folder that has it, or put it on the volume (docs/cloud.md, A text of your "
+                f"own) and give 'data.path=\"{VOLUME_MOUNT}/{Path(source).name}\"'"
+            )
+
+
+def data_path(job: Job, task: dict[str, Any]) -> str | None:
+    """data.path as the run reads it: the user's word, else that of the task's command."""
+    said = [*shlex.split(task["run"]), *job.overrides]
+    paths = [word.removeprefix(DATA_PATH) for word in said if word.startswith(DATA_PATH)]
+    return str(tomllib.loads(f"x = {paths[-1]}")["x"]) if paths else job.spec.data.path
+
+
+def volume_gb(job: Job, options: SkyOptions) -> float | None:
+    """Size of the task's volume in 10^9 bytes as sky/volume.yaml makes it; None for another one."""
+    if options.infra:
+        return None
+    task = yaml.safe_load(task_file(job, options).read_text())
+    made = yaml.safe_load((TASKS / "volume.yaml").read_text())
+    mounted = (task.get("volumes") or {}).get(VOLUME_MOUNT)
+    return float(made["size"].removesuffix("Gi")) if mounted == made["name"] else None
 
 
 def check_prices(job: Job, task: dict[str, Any]) -> None:
@@ -172,13 +211,14 @@ def worst_usd(job: Job, task: dict[str, Any]) -> float | None:
     resources = task["resources"]
     hourly = float(resources.get("max_hourly_cost") or job.plan["usd_per_hour"])
     idle = float((resources.get("autostop") or {}).get("idle_minutes") or 0.0)
-    return bound + hourly * (BOOT_MINUTES + idle) / 60.0
+    return bound + hourly * (LAUNCH_LIMIT_S / 60.0 + idle) / 60.0
 
 
 def submit(job: Job, options: SkyOptions, sky: Sky, out: TextIO = sys.stderr) -> int:
     """Start the run and follow it; its exit code. Nothing stays behind where the start fails."""
     cluster = cluster_name(job.name)
     task = fill(job, options)
+    check_reachable(job, task)
     existed = sky.exists(cluster)
     if existed:
         out.write(f"{cluster} is up already: the run is given to it\n")
@@ -230,6 +270,8 @@ def submit_sweep(
     """Give every run to SkyPilot's controller of managed jobs, which starts and recovers them."""
     secrets = {name: os.environ[name] for name in present_secrets(os.environ)}
     tasks = [fill(job, options) for job in jobs]
+    for job, task in zip(jobs, tasks, strict=True):
+        check_reachable(job, task)
     submitted: list[str] = []
     for job, task in zip(jobs, tasks, strict=True):
         try:

@@ -23,6 +23,8 @@ from tests.twin.runpod.venv import cloud_bin
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(3600)]
 
 HOME = "/workspace/nanochat"
+IMAGE = ("--image", "registry.example/nanochat:0")
+"""The name alone counts: whatever is asked for, the emulated pods are of the image under test."""
 COMMAND_S = 1500.0
 """Ceiling of one command on a machine that others use too; a launch takes about a minute."""
 SIZE = (
@@ -158,7 +160,7 @@ def test_a_failed_set_up_leaves_no_pod(client: Client) -> None:
     account = client.account
     account.on_start = BROKEN
     try:
-        code, said = client("nanochat", "launch", "@configs/smoke.toml", "--to", "sky")
+        code, said = client("nanochat", "launch", "@configs/smoke.toml", "--to", "sky", *IMAGE)
     finally:
         account.on_start = None
     assert code == 77, said
@@ -175,7 +177,7 @@ def test_status_and_stop_are_ours_too(client: Client) -> None:
     """launch --to sky, status, stop: a checkpoint, exit code 75, nothing billed."""
     endless = (*SIZE.split(), "base_train.num_steps=100000", 'name="mine"')
     budget = ("budget.max_usd=1.0", "budget.usd_per_hour=0.12")
-    launch = ("nanochat", "launch", "@configs/smoke.toml", "--to", "sky", *endless, *budget)
+    launch = ("nanochat", "launch", "@configs/smoke.toml", "--to", "sky", *IMAGE, *endless, *budget)
     code, said = client(*launch, "--detach")
     assert code == 0, said
     latest = f"{HOME}/runs/mine/checkpoints/base_train/latest"

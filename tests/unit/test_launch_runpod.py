@@ -172,6 +172,36 @@ def test_a_rung_that_does_not_work_is_left_for_the_next(trouble: str) -> None:
     assert list(account.there) == ["pod2"], "the first is not billed any more"
 
 
+def test_with_one_offer_another_pod_is_asked_for_up_to_three_times() -> None:
+    account = Account("unfit", "exited")
+    code, said = submit(account)
+    assert code == 0 and "pod pod3 runs d20" in said
+    assert list(account.there) == ["pod3"], "the others are not billed any more"
+    assert len({a["gpu_type_id"] for a in account.asked}) == 1
+    account = Account("unfit", "unfit", "unfit")
+    code, said = submit(account)
+    assert code is None and said.count("failed its node check\n") >= 3
+    assert len(account.asked) == runpod.MAX_PODS and not account.there
+
+
+@pytest.mark.parametrize("trouble", ["dear", "no capacity"])
+def test_an_offer_that_is_too_dear_or_sold_out_is_not_asked_for_again(trouble: str) -> None:
+    account = Account(*[trouble] * 3)
+    code, _ = submit(account)
+    assert code is None and len(account.asked) == 1 and not account.there
+
+
+def test_what_failed_pods_of_this_launch_have_cost_is_off_the_next_label(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spent = iter([0.0, 5.0])
+    monkeypatch.setattr(reap, "spent_before", lambda run: next(spent))
+    account = Account("unfit")
+    assert submit(account)[0] == 0
+    labels = [a["env"]["NANOCHAT_LABEL_MAX_USD"] for a in account.asked]
+    assert labels == ["100.0000", "95.0000"]
+
+
 def test_a_pod_that_does_not_come_up_is_ended_at_the_deadline(clock: list[float]) -> None:
     account = Account("no address", "no address", "no address", "no address")
     code, said = submit(account, *[job()] * 5)

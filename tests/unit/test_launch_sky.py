@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ from tests.twin.runpod import catalog
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = {"usd_per_hour": 21.52, "world_size": 8, "offer": "8xH100-SXM"}
+
+
+PULLED = SkyOptions(image="me/nanochat:1")
 
 
 def job(*overrides: str, config: str = "d20") -> Job:
@@ -155,7 +159,8 @@ def test_the_dry_run_is_the_task_and_its_worst_case_has_start_and_autostop() -> 
     rendered = render(job("budget.max_usd=50.0"), SkyOptions())
     sent = yaml.safe_load(rendered.text)
     assert sent["resources"]["max_hourly_cost"] == 30.0
-    assert rendered.worst_case_usd == pytest.approx(50.0 + 30.0 * (15 + 10) / 60)
+    assert rendered.worst_case_usd == pytest.approx(50.0 + 30.0 * (40 + 10) / 60)
+    assert launcher.LAUNCH_LIMIT_S == 40 * 60, "billed until it is given up"
 
 
 def test_without_a_budget_nothing_bounds_the_cost() -> None:
@@ -167,7 +172,7 @@ def test_without_a_budget_nothing_bounds_the_cost() -> None:
 def test_secrets_go_along_and_are_not_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "hunter2")
     sky = FakeSky()
-    assert submit(job(), SkyOptions(), sky, io.StringIO()) == 0
+    assert submit(job(), PULLED, sky, io.StringIO()) == 0
     assert sky.secrets == {"WANDB_API_KEY": "hunter2"}
     assert "hunter2" not in str(sky.launched) + render(job(), SkyOptions()).text
 
@@ -175,7 +180,7 @@ def test_secrets_go_along_and_are_not_rendered(monkeypatch: pytest.MonkeyPatch) 
 def test_a_failed_launch_leaves_nothing_up() -> None:
     sky = FakeSky("runtime set-up failed")
     with pytest.raises(LaunchError, match="set-up failed.*torn down") as e:
-        submit(job(), SkyOptions(), sky, io.StringIO())
+        submit(job(), PULLED, sky, io.StringIO())
     assert (e.value.exit_code, sky.up) == (77, set())
 
 
@@ -183,7 +188,7 @@ def test_a_launch_that_hangs_is_cancelled_and_torn_down(monkeypatch: pytest.Monk
     monkeypatch.setattr(launcher, "LAUNCH_LIMIT_S", 0.1)
     sky = FakeSky("hangs")
     with pytest.raises(LaunchError, match="not up within"):
-        submit(job(), SkyOptions(), sky, io.StringIO())
+        submit(job(), PULLED, sky, io.StringIO())
     assert (sky.cancelled, sky.up) == (True, set())
 
 
@@ -191,13 +196,13 @@ def test_a_cluster_that_was_up_before_is_not_torn_down() -> None:
     sky = FakeSky("busy")
     sky.up.add("d20")
     with pytest.raises(LaunchError, match="was up before"):
-        submit(job(), SkyOptions(), sky, io.StringIO())
+        submit(job(), PULLED, sky, io.StringIO())
     assert sky.up == {"d20"}
 
 
 def test_the_run_s_own_exit_code_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "exit_code_on", lambda cluster, run: 76)
-    assert submit(job(), SkyOptions(), FakeSky(log_code=100), io.StringIO()) == 76
+    assert submit(job(), PULLED, FakeSky(log_code=100), io.StringIO()) == 76
 
 
 @pytest.mark.parametrize(
@@ -213,9 +218,9 @@ def test_names_of_clusters_are_within_limits(run: str, cluster: str) -> None:
     assert cluster_name(run) == cluster
 
 
-def test_the_hook_and_the_budget_are_those_of_the_run_that_is_sent() -> None:
+def test_the_hook_stops_the_run_of_the_machine_whatever_its_name() -> None:
     task = fill(job('name="mine"'), SkyOptions(spot=True))
-    assert task["config"]["hooks"][0]["run"] == "nanochat stop mine"
+    assert task["config"]["hooks"][0]["run"] == "nanochat stop"
     assert task["resources"]["use_spot"] is True
 
 
@@ -227,7 +232,7 @@ def test_a_sweep_is_a_run_per_value_with_a_share_of_the_budget_and_a_name_of_its
     assert [r.spec.model.depth for r in runs] == [8, 8, 10, 10]
     rendered = render_sweep(runs, SkyOptions())
     assert len(list(yaml.safe_load_all(rendered.text))) == 4
-    assert rendered.worst_case_usd == pytest.approx(100.0 + 4 * 30.0 * (15 + 10) / 60)
+    assert rendered.worst_case_usd == pytest.approx(100.0 + 4 * 30.0 * (40 + 10) / 60)
 
 
 @pytest.mark.parametrize(
@@ -252,14 +257,11 @@ def test_a_sweep_without_a_budget_is_refused() -> None:
 def test_a_sweep_is_given_to_the_controller_and_says_what_was_taken() -> None:
     runs = [job(*p) for p in points(job().spec, ["seed=1,2"])]
     sky, out = FakeSky(), io.StringIO()
-    assert submit_sweep(runs, SkyOptions(), sky, out) == 0
-    assert [t["config"]["hooks"][0]["run"] for t in sky.launched] == [
-        "nanochat stop d20-1",
-        "nanochat stop d20-2",
-    ]
+    assert submit_sweep(runs, PULLED, sky, out) == 0
+    assert [shlex.split(t["run"])[3] for t in sky.launched] == ['name="d20-1"', 'name="d20-2"']
     assert "d20-2 (job 2) is submitted" in out.getvalue()
     with pytest.raises(LaunchError, match=r"did not take d20-2.*submitted so far: d20-1 \(job 1\)"):
-        submit_sweep(runs, SkyOptions(), FakeSky("queue is full"), io.StringIO())
+        submit_sweep(runs, PULLED, FakeSky("queue is full"), io.StringIO())
 
 
 class Provider:
@@ -361,3 +363,41 @@ def test_reap_knows_what_a_cluster_may_cost(cluster: dict[str, Any]) -> None:
     sky_cluster.note_pods("d20", "d20", 20.0)
     (row,) = reap.reap(cluster["provider"])
     assert (row.run, row.max_usd, row.action) == ("d20", 20.0, "ended")
+
+
+@pytest.mark.parametrize("image", ["", "nanochat:0.1.0", "docker:nanochat"])
+def test_an_image_that_is_only_here_is_refused_before_anything_starts(image: str) -> None:
+    """SkyPilot would ask Docker Hub's library for it, and wait beside a pod that is billed."""
+    sky, runs = FakeSky(), [job(*p) for p in points(job().spec, ["seed=1,2"])]
+    options = SkyOptions(image=image)
+    with pytest.raises(LaunchError, match="make push REGISTRY=.*--image ghcr.io/YOU/nanochat"):
+        submit(job(), options, sky, io.StringIO())
+    with pytest.raises(LaunchError, match="pulls its image from a registry"):
+        submit_sweep(runs, options, sky, io.StringIO())
+    assert not sky.launched
+
+
+def test_a_text_of_one_s_own_is_sent_along_or_on_the_volume_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    d64, on_volume = job(config="d64_1000usd"), 'data.path="/workspace/a b.txt"'
+    with pytest.raises(LaunchError, match=r"output.txt is not in this folder.*on the volume"):
+        submit(d64, PULLED, FakeSky(), io.StringIO())
+    (tmp_path / "combined_output.txt").write_text("Once upon a time")
+    sky = FakeSky()
+    assert submit(d64, PULLED, sky, io.StringIO()) == 0
+    assert sky.launched[0]["file_mounts"] == {"/tmp/combined_output.txt": "combined_output.txt"}
+    assert submit(job(on_volume, config="d64_1000usd"), PULLED, sky, io.StringIO()) == 0
+    assert "file_mounts" not in sky.launched[1], "and what the task would send is not asked for"
+    for lost in ('data.path="combined_output.txt"', 'data.path="/home/me/a.txt"'):
+        with pytest.raises(LaunchError, match="not on the machine that is rented"):
+            submit(job(lost, config="d64_1000usd"), PULLED, FakeSky(), io.StringIO())
+    elsewhere = SkyOptions(image="me/nanochat:1", infra="lambda")
+    with pytest.raises(LaunchError, match="not on the machine that is rented"):
+        submit(job(on_volume, config="d64_1000usd"), elsewhere, FakeSky(), io.StringIO())
+
+
+def test_the_volume_of_a_task_has_the_size_that_its_file_gives_it() -> None:
+    assert launcher.volume_gb(job(), PULLED) == 300.0
+    assert launcher.volume_gb(job(), SkyOptions(infra="lambda")) is None

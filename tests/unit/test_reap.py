@@ -88,9 +88,7 @@ def test_a_pod_of_a_plain_sky_launch_may_reach_an_age_and_is_told_of_it(file: Pa
 
     def look(age_h: float, max_age_h: float = reap.MAX_AGE_H, **labels: str) -> reap.Row:
         age_s, address, image = age_h * 3600.0, ("127.0.0.1", 22), "me/nanochat:1"
-        made = Pod(
-            "x", "d20-0a1b2c3d-head", "RUNNING", 20.0, age_h * 3600.0, labels, address, image
-        )
+        made = Pod("x", "d20-0a1b2c3d-head", "RUNNING", 20.0, age_s, labels, address, image)
         (row,) = reap.reap(Account(made), False, file, lambda _: None, max_age_h)
         return row
 

@@ -1,0 +1,105 @@
+"""What `launch` refuses before a rented machine is asked for: its volume, its data, its image."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from entrypoint import build_parser
+from infra import cloud
+from infra.launch import runpod_pod, sky
+from infra.launch.base import Job, LaunchError, Rendered
+from infra.launch.runpod import RunPodOptions, Volume
+from nanochat.spec import load_spec
+
+ROOT = Path(__file__).resolve().parents[2]
+IMAGE = ("--image", "me/nanochat:1")
+
+
+class Launcher:
+    """RunPod with these volumes; it remembers what it is given."""
+
+    def __init__(self, *volumes: Volume) -> None:
+        self.volumes = list(volumes)
+        self.given: list[Job] = []
+
+    def submit(self, jobs: Sequence[Job], options: RunPodOptions) -> int:
+        self.given = list(jobs)
+        return 0
+
+
+def launch(config: str, to: str, *words: str) -> int | Rendered:
+    path = ROOT / "configs" / f"{config}.toml"
+    args = build_parser().parse_args(["launch", f"@{path}", *words, "--to", to])
+    spec = load_spec(path, args.overrides)
+    return (cloud.launch_runpod if to == "runpod" else cloud.launch_sky)(args, spec, path)
+
+
+@pytest.fixture
+def account(monkeypatch: pytest.MonkeyPatch) -> Launcher:
+    made = Launcher(Volume("v", "nanochat", "CA-MTL-1", 300.0))
+    monkeypatch.setattr(runpod_pod, "open_launcher", lambda: made)
+    return made
+
+
+def test_a_run_that_fits_its_volume_is_launched(account: Launcher) -> None:
+    assert launch("d20", "runpod", *IMAGE) == 0
+    assert [job.name for job in account.given] == ["d20"]
+
+
+def test_a_volume_that_is_too_small_is_refused_before_any_money(account: Launcher) -> None:
+    """d20 keeps 24 GiB of checkpoints, has one of 5 in the making, and leaves 5 free."""
+    account.volumes = [Volume("v", "nanochat", "CA-MTL-1", 30.0)]
+    for words in (IMAGE, ("--dry-run",)):
+        with pytest.raises(LaunchError, match=r"volume too small: 27\.9 GiB"):
+            launch("d20", "runpod", *words)
+    assert not account.given
+    account.volumes = [replace(account.volumes[0], size_gb=None)]
+    assert launch("d20", "runpod", *IMAGE) == 0, "a size that is not told refuses nothing"
+    account.volumes = [Volume("v", "nanochat", "CA-MTL-1", 30.0)]
+    assert launch("d20", "runpod", *IMAGE, "--volume", "none") == 0
+
+
+def test_the_volume_of_sky_is_as_its_file_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(launch("d20", "sky", "--dry-run"), Rendered)
+    monkeypatch.setattr(sky, "volume_gb", lambda job, options: 30.0)
+    with pytest.raises(LaunchError, match=r"volume too small: 27\.9 GiB"):
+        launch("d20", "sky", "--dry-run")
+
+
+def test_runpod_is_asked_for_nothing_where_the_text_would_stay_here(account: Launcher) -> None:
+    for words in (IMAGE, ("--dry-run",)):
+        with pytest.raises(LaunchError, match="combined_output.txt' is not on the machine that"):
+            launch("d64_1000usd", "runpod", *words)
+    assert not account.given
+    there = 'data.path="/workspace/combined_output.txt"'
+    assert launch("d64_1000usd", "runpod", there, *IMAGE) == 0
+    with pytest.raises(LaunchError, match="Put the file on the volume"):
+        launch("d64_1000usd", "runpod", there, *IMAGE, "--volume", "none")
+
+
+@pytest.mark.parametrize("image", ["", "nanochat:0.1.0"])
+def test_runpod_is_asked_for_no_image_that_is_only_here(account: Launcher, image: str) -> None:
+    with pytest.raises(LaunchError, match="make push REGISTRY="):
+        launch("d20", "runpod", "--image", image)
+    assert not account.given
+
+
+def test_the_size_of_an_account_s_volume_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Sdk:
+        create_pod = None
+
+        def get_user(self) -> dict[str, Any]:
+            volume = {"id": "v", "name": "nanochat", "dataCenterId": "CA-MTL-1", "size": 300}
+            return {"networkVolumes": [volume, {**volume, "size": None}]}
+
+    key = tmp_path / "key"
+    key.with_suffix(".pub").write_text("ssh-ed25519 A")
+    monkeypatch.setattr(runpod_pod, "_sdk", Sdk)
+    monkeypatch.setattr(runpod_pod, "ssh_key", lambda: key)
+    monkeypatch.setenv("RUNPOD_API_KEY", "k")
+    assert [v.size_gb for v in runpod_pod.open_launcher().volumes] == [300, None]
