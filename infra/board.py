@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from infra.processes import die_with_parent
 from nanochat.rundir import RunDir
@@ -39,6 +40,7 @@ class Board:
         """Start it; at once, as it takes a second until it answers."""
         if self._port is None:
             return
+        behind_us = partial(_stand_behind, os.getpid())
         where = ["--logdir", str(self._folder), "--host", self._host, "--port", str(self._port)]
         try:
             with open(self._log_file, "wb") as log:
@@ -48,7 +50,7 @@ class Board:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # a terminal's Ctrl-C is the supervisor's
-                    preexec_fn=_stand_behind if sys.platform == "linux" else None,
+                    preexec_fn=behind_us if sys.platform == "linux" else None,
                 )
         except (OSError, subprocess.SubprocessError) as e:
             self._warn(str(e))
@@ -82,7 +84,7 @@ class Board:
         )
 
 
-def _stand_behind() -> None:
+def _stand_behind(supervisor: int) -> None:
     """Between fork and exec: it ends with the supervisor, and the run's processes go first."""
-    die_with_parent()
+    die_with_parent(supervisor)
     os.nice(10)

@@ -17,7 +17,7 @@ from typing import Any
 
 from infra.deadman import RETRY_S, note_life
 from infra.privileges import image_home
-from infra.processes import python_path
+from infra.processes import STOP_SIGNALS, python_path
 from infra.runpod_api import ProviderError, RunPodApi, connect, this_pod
 from nanochat.rundir import EXIT_DONE, EXIT_UNFIT_NODE, atomic_write_json
 
@@ -82,7 +82,7 @@ def run(argv: list[str]) -> int:
     def pass_on(signum: int, _frame: FrameType | None) -> None:
         process.send_signal(signum)
 
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+    for signum in STOP_SIGNALS:
         signal.signal(signum, pass_on)
     copier = threading.Thread(target=_copy, args=(process,), daemon=True)
     copier.start()

@@ -9,17 +9,25 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import psutil
 
 PR_SET_PDEATHSIG = 1
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What asks a run for a stop with a checkpoint; SLURM's --signal may be either of the last two."""
 APP_DIR = Path(__file__).resolve().parent.parent
 
 
-def die_with_parent() -> None:
-    """Between fork and exec: a killed supervisor takes its stage along (Linux, prctl(2))."""
+def die_with_parent(parent: int) -> None:
+    """Between fork and exec: a killed supervisor takes its stage along (Linux, prctl(2)).
+
+    parent: its process id, from before the fork; it may be dead by now.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 class StageProcess:
@@ -27,6 +35,7 @@ class StageProcess:
 
     def __init__(self, command: list[str], log_file: Path, env: dict[str, str]) -> None:
         self._log = open(log_file, "ab")  # noqa: SIM115 - lives as long as the process
+        die_with_us = partial(die_with_parent, os.getpid())
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -34,7 +43,7 @@ class StageProcess:
             stderr=subprocess.STDOUT,
             env=env,
             start_new_session=True,
-            preexec_fn=die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=die_with_us if sys.platform == "linux" else None,
         )
         self._seen: dict[int, psutil.Process] = {}
 

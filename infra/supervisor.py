@@ -23,7 +23,7 @@ from infra.horizon import StageClock
 from infra.meter import Price
 from infra.notices import Notices
 from infra.pointer import point_to
-from infra.processes import StageProcess, stage_command, stage_env
+from infra.processes import STOP_SIGNALS, StageProcess, stage_command, stage_env
 from nanochat.lease import HEARTBEAT_S, Lease, LeaseLost
 from nanochat.rundir import (
     EXIT_BUDGET,
@@ -492,8 +492,7 @@ class Supervisor:
             elif signum == signal.SIGINT and self.signals_seen > 1:
                 self.stop_now = True
 
-        caught = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
-        before = {s: signal.signal(s, handle) for s in caught}
+        before = {s: signal.signal(s, handle) for s in STOP_SIGNALS}
 
         def restore() -> None:
             for signum, handler in before.items():

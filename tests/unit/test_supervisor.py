@@ -141,7 +141,11 @@ def test_out_of_memory_restarts_do_not_count(supervise: Supervise) -> None:
     assert len(acts(run)) == 8
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
+@pytest.mark.parametrize(
+    "signum",
+    [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2],
+    ids=lambda signum: signum.name,
+)
 def test_a_signal_stops_with_75(supervise: Supervise, signum: int, tmp_path: Path) -> None:
     _signal_when_running(tmp_path, [signum])
     code, run = supervise({"base_train": ["stopped_when_asked"]})
