@@ -1,67 +1,108 @@
 """The SLURM path on a real cluster in containers: Apptainer, munge, jobs that end and go on.
 
-All are long: the image, its SIF and three nodes come first, which took 20 minutes at a load of 25
-and is not measured on an idle machine. The SIF is made of an image that this session builds. With
-NANOCHAT_CLUSTER=try the cluster that `make cluster` has started is used, and left.
+The image, its SIF and three nodes come first. The SIF is made of an image that this session builds.
+With NANOCHAT_CLUSTER=try the cluster that `make cluster` has started is used, and left. The short
+form is a run that finishes and one that a wall time cuts; the rest is long.
 """
 
+import hashlib
 import json
 import os
 import re
 import subprocess
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.twin import published
 from tests.twin.engine import Engine, build_image, wait_until
 from tests.twin.slurm.cluster import (
     ENDED,
     HOME,
-    KIT,
     NODES,
     POLL_S,
     SCRATCH,
     SIF,
     SIGNAL_S,
     SMALL,
+    START_S,
     USER,
     Cluster,
     build_twin,
 )
 
-pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(3600)]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.long,
+    pytest.mark.timeout(3600),
+]
 
 TOY = "@configs/e2e.toml"
 FAST_SIGNAL_S = 40
 FAST = f"--signal-s {FAST_SIGNAL_S}"
+GSM8K = "main/test-00000-of-00001.parquet"
+GSM8K_BYTES = published.gsm8k(24)
+PUBLISHED = 'evaluate.tasks=["copying", "gsm8k"]'
+"""A last stage that opens a published file, which the login node has fetched from its hub."""
 RUN_S = 1800.0
 STEPS = 3000
 """Of base training: far more than are done in the 30 s in which SLURM notices a job's end."""
-TRAINING = (f"base_train.num_steps={STEPS}", "base_train.eval_every_steps=1000")
+TRAINING = (f"base_train.num_steps={STEPS}", "base_train.eval_every_steps=1000", PUBLISHED)
 FEWER = "base_train.num_steps=1500"
 ENDLESS = "base_train.num_steps=1000000"
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What the cluster's start has shown."""
+
+    cluster: Cluster
+    up_s: float | None
+    """From nothing, images at hand, to idle nodes; None for a cluster that was given."""
+    sif_sha256: str
+
+
 @pytest.fixture(scope="module")
-def cluster(engine: Engine) -> Iterator[Cluster]:
+def setup(engine: Engine) -> Iterator[Setup]:
     """Three nodes, the SIF on scratch, the data fetched on the login node."""
     build_twin()
     made = Cluster(os.environ.get("NANOCHAT_CLUSTER", ""))
-    is_given = made.adopt()
+    is_given, up_s = made.adopt(), None
     try:
         if not is_given:
+            started_s = time.monotonic()
             made.up()
+            up_s = time.monotonic() - started_s
         if made.run(f"test -f {SIF}").exit_code:
             tag = f"{engine.image}-sif"
             build_image(tag, "--build-arg", "SKYPILOT_RUNTIME=0", "--build-arg", "DATA=none")
-            made.make_sif(tag)
-        fetched = made.nanochat(f"fetch {TOY}")
-        assert fetched.exit_code == 0, fetched.output
-        yield made
+            digest = made.make_sif(tag)
+        else:
+            digest = made.check(f"sha256sum {SIF}").split()[0]
+        fetch(made)
+        yield Setup(made, up_s, digest)
     finally:
         if not is_given:
             made.down()
+
+
+@pytest.fixture(scope="module")
+def cluster(setup: Setup) -> Cluster:
+    return setup.cluster
+
+
+def fetch(cluster: Cluster) -> None:
+    """As a student does, of the hub in the box; a second time there is nothing left to bring."""
+    url = cluster.serve({f"openai/gsm8k/{GSM8K}": GSM8K_BYTES})
+    cluster.check(f"rm -rf {HOME}/data/gsm8k")
+    verb = f"fetch {TOY} '{PUBLISHED}' --json 2>/dev/null"
+    for files in (1, 0):
+        fetched = cluster.nanochat(verb, f"HF_ENDPOINT={url}")
+        assert fetched.exit_code == 0, fetched.output
+        assert json.loads(fetched.output)["files_fetched"] == files
 
 
 def launch(cluster: Cluster, words: str, signal_s: int = FAST_SIGNAL_S) -> str:
@@ -108,17 +149,18 @@ def weights(cluster: Cluster, name: str) -> list[str]:
     return lines.splitlines()
 
 
-def run_in_parts(cluster: Cluster, job: str, name: str, requeues: int) -> None:
+def run_in_parts(cluster: Cluster, job: str, name: str, requeues: int) -> int:
     """End the wall time of a job so many times, each time after it has trained some more.
 
     By the job's progress and not by the clock: a job of two minutes may train 3,000 steps, or
-    none on a machine that is busy.
+    none on a machine that is busy. Returns the step that all but the last job have reached.
     """
     done = 0
     for _ in range(requeues):
         wait_for_step(cluster, job, name, done + 50)
         cluster.end_wall_time(job, RUN_S)
         done = steps(cluster, name)
+    return done
 
 
 def events(cluster: Cluster, name: str) -> list[str]:
@@ -129,50 +171,75 @@ def events(cluster: Cluster, name: str) -> list[str]:
 # -- the short form: both runs side by side, one per compute node
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Jobs of the same run in one piece and in parts."""
+
+    whole: str
+    parts: str
+    packets: dict[str, int]
+    """The nodes' counters before both."""
+    step: int
+    """That the first part has reached."""
+
+
 @pytest.fixture(scope="module")
-def pair(cluster: Cluster) -> tuple[str, str, dict[str, int]]:
-    """Jobs of the same run in one piece and in parts, and the counters before them."""
+def pair(cluster: Cluster) -> Pair:
+    """The same run in one piece and in parts, side by side."""
     before = {node: cluster.packets_without_route(node) for node in NODES}
     whole = launch(cluster, "--time 60 " + named("whole", *TRAINING))
     parts = launch(cluster, "--time 60 " + named("parts", *TRAINING), SIGNAL_S)
-    run_in_parts(cluster, parts, "parts", 1)
-    return whole, parts, before
+    return Pair(whole, parts, before, run_in_parts(cluster, parts, "parts", 1))
+
+
+def test_the_cluster_is_up_within_two_minutes(setup: Setup) -> None:
+    if setup.up_s is None:
+        pytest.skip("the cluster was given")
+    print(f"up after {setup.up_s:.1f} s")
+    assert setup.up_s < START_S
 
 
 def test_a_run_finishes_without_a_packet_to_the_outside(
-    cluster: Cluster, pair: tuple[str, str, dict[str, int]]
+    cluster: Cluster, setup: Setup, pair: Pair
 ) -> None:
-    whole, _, before = pair
+    whole, before = pair.whole, pair.packets
     ended = cluster.wait_for_job(whole, RUN_S)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), cluster.log(whole)
     assert ended["Comment"] == f"exit 0: done: {HOME}/runs/whole/report.md"
-    assert "val_bpb" in cluster.check(f"cat {HOME}/runs/whole/report.md")
+    report = cluster.check(f"cat {HOME}/runs/whole/report.md")
+    assert "val_bpb" in report and "| GSM8K |" in report
+    assert f"nanochat.sif@sha256:{setup.sif_sha256}" in report
+    assert hashlib.sha256(GSM8K_BYTES).hexdigest() in report
     for node in ("login", *NODES):
         used = int(cluster.check("du -sk ~", node).split()[0])
         assert used < 1024, cluster.check("find ~", node)
     assert {node: cluster.packets_without_route(node) for node in NODES} == before
-    # The counter does count: what no route leads to is one more.
-    cluster.run("(: > /dev/tcp/192.0.2.1/80) 2>/dev/null", "c1")
-    assert cluster.packets_without_route("c1") > before["c1"]
+    # The counter does count: what no route leads to is one more, also by IPv6 where there is any.
+    addresses = ["192.0.2.1"]
+    if cluster.run("test -e /proc/net/snmp6", "c1").exit_code == 0:
+        addresses.append("2001:db8::1")
+    for address in addresses:
+        counted = cluster.packets_without_route("c1")
+        cluster.run(f"(: > /dev/tcp/{address}/80) 2>/dev/null", "c1")
+        assert cluster.packets_without_route("c1") > counted, address
 
 
-def test_status_knows_the_chain(cluster: Cluster, pair: tuple[str, str, dict[str, int]]) -> None:
-    cluster.wait_for_job(pair[0], RUN_S)
+def test_status_knows_the_chain(cluster: Cluster, pair: Pair) -> None:
+    cluster.wait_for_job(pair.whole, RUN_S)
     said = cluster.nanochat("status whole")
     assert (said.exit_code, "SUCCEEDED" in said.output) == (0, True), said.output
-    assert re.search(rf"jobs +1, the last is {pair[0]}", said.output), said.output
+    assert re.search(rf"jobs +1, the last is {pair.whole}", said.output), said.output
 
 
-def test_a_wall_time_shorter_than_the_run(
-    cluster: Cluster, pair: tuple[str, str, dict[str, int]]
-) -> None:
-    whole, parts, _ = pair
+def test_a_wall_time_shorter_than_the_run(cluster: Cluster, pair: Pair) -> None:
+    whole, parts = pair.whole, pair.parts
     ended = cluster.wait_for_job(parts, RUN_S)
     log = cluster.log(parts)
     assert ended["JobState"] == "COMPLETED", log
     assert ended["Restarts"] == "1", log
     assert log.count("got USR2; asking for a checkpoint") == 1, log
     assert events(cluster, "parts") == ["start", "requeue", "start", "end"]
+    assert 0 < pair.step < steps(cluster, "parts"), "each of the two jobs has trained"
     cluster.wait_for_job(whole, RUN_S)
     assert weights(cluster, "parts") == weights(cluster, "whole")
 
@@ -185,9 +252,10 @@ def test_four_jobs_give_the_same_bits(cluster: Cluster) -> None:
     training = f"base_train.num_steps={2 * STEPS}", "base_train.eval_every_steps=1000"
     whole = launch(cluster, "--time 60 " + named("whole4", *training))
     parts = launch(cluster, "--time 60 " + named("parts4", *training), SIGNAL_S)
-    run_in_parts(cluster, parts, "parts4", 3)
+    done = run_in_parts(cluster, parts, "parts4", 3)
     ended = cluster.wait_for_job(parts, RUN_S)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "3"), cluster.log(parts)
+    assert done < steps(cluster, "parts4"), "the last job has trained too"
     assert cluster.wait_for_job(whole, RUN_S)["JobState"] == "COMPLETED", cluster.log(whole)
     assert weights(cluster, "parts4") == weights(cluster, "whole4")
 
@@ -195,7 +263,7 @@ def test_four_jobs_give_the_same_bits(cluster: Cluster) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("how", ["", "--batch --signal=TERM"], ids=["at_once", "asked"])
 def test_scancel_keeps_a_checkpoint_and_the_run_goes_on(
-    cluster: Cluster, pair: tuple[str, str, dict[str, int]], how: str
+    cluster: Cluster, pair: Pair, how: str
 ) -> None:
     """The same weights in the end. Asked first, the run saves before it ends."""
     name = f"cancelled{len(how)}"
@@ -268,34 +336,27 @@ def test_a_missing_sif_is_named(cluster: Cluster) -> None:
     assert f"there is no image {SCRATCH}/none.sif" in ended["Comment"]
 
 
-@pytest.fixture
-def published(cluster: Cluster) -> str:
-    """Overrides for a last stage that opens a published file, fetched from the hub in the box."""
-    serve = f"cd {KIT} && exec python3 -B -m tests.twin.slurm.data_server > {SCRATCH}/hub"
-    cluster.nodes["login"].exec_run(["bash", "-c", serve], user=USER, detach=True)
-    wait_until(lambda: cluster.run(f"grep http {SCRATCH}/hub").exit_code == 0, 30, "the hub")
-    words = '\'evaluate.tasks=["copying", "gsm8k"]\''
-    fetch = f"infra/slurm/nanochat.sh fetch {TOY} {words} --json"
-    fetched = cluster.run(f"cd {KIT} && HF_ENDPOINT=$(cat {SCRATCH}/hub) {fetch} 2>/dev/null")
-    assert fetched.exit_code == 0, fetched.output
-    assert json.loads(fetched.output)["files_fetched"] in (0, 1)  # 0 the second time
-    return words
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("damage", ["rm", "truncate -s 100"])
 def test_a_data_file_that_is_not_whole_is_refused_before_any_step(
-    cluster: Cluster, published: str, damage: str
+    cluster: Cluster, damage: str
 ) -> None:
-    file = f"{HOME}/data/gsm8k/main/test-00000-of-00001.parquet"
+    file = f"{HOME}/data/gsm8k/{GSM8K}"
     name = f"damaged-{damage.split()[0]}"
     cluster.check(f"cp {file} {SCRATCH}/kept && {damage} {file}")
     try:
-        job = launch(cluster, f"--time 30 {named(name)} {published}")
+        job = launch(cluster, f"--time 30 {named(name, PUBLISHED)}")
         ended = cluster.wait_for_job(job, 120)
         assert ended["ExitCode"] == "78:0", cluster.log(job)
         assert os.path.basename(file) in ended["Comment"], ended
-        assert "nanochat fetch" in cluster.log(job)
+        # The reason, and the command, which is right as it stands: pasted it says the same.
+        said = cluster.nanochat(f"status {name}")
+        assert (said.exit_code, os.path.basename(file) in said.output) == (78, True), said.output
+        assert json.loads(cluster.nanochat(f"status {name} --json").output)["exit_code"] == 78
+        command = re.search(r"nanochat (fetch @.*)$", said.output.strip())
+        assert command, said.output
+        checked = cluster.nanochat(f"{command[1]} --check")
+        assert (checked.exit_code, os.path.basename(file) in checked.output) == (78, True)
         lines = cluster.check(f"cat {HOME}/runs/{name}/slurm.jsonl").splitlines()
         started_s, ended_s = (json.loads(line)["time"] for line in lines)
         assert ended_s - started_s < 10
@@ -374,6 +435,9 @@ def test_launch_over_ssh(cluster: Cluster, tmp_path: Path) -> None:
     os.chmod(ssh, 0o755)
     command = ["launch", TOY, *FAST.split(), "--time", "30", 'name="over_ssh"', "--to", "slurm"]
     command += ["--scratch", "/scratch/$USER", "--ssh", f"{USER}@{address}"]
+    # A classmate has a run of that name in the queue, which is not in the way.
+    held = "sbatch --parsable --hold --output=/dev/null --job-name=nanochat-over_ssh --wrap=true"
+    classmates = cluster.check(f"cd / && {held}", user="other").strip()
     done = subprocess.run(
         [".venv/bin/nanochat", *command],
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
@@ -383,6 +447,8 @@ def test_launch_over_ssh(cluster: Cluster, tmp_path: Path) -> None:
     found = re.search(r"job (\d+) is queued", done.stderr)
     assert done.returncode == 0 and found, done.stderr
     assert cluster.wait_for_job(found[1], RUN_S)["JobState"] == "COMPLETED", cluster.log(found[1])
+    assert cluster.job(classmates)["JobState"] == "PENDING"
+    cluster.check(f"scancel {classmates}", user="other")
 
 
 @pytest.mark.long
@@ -404,6 +470,8 @@ def test_a_run_that_waits_is_seen_and_stopped(cluster: Cluster) -> None:
         said = cluster.nanochat("status waits")
         assert said.exit_code == 0, said.output
         assert re.search(rf"waits: job {job} PENDING \(.*\), 0 jobs ahead, start ", said.output)
+        cluster.run(f"scancel {job}", user="other")
+        assert cluster.job(job)["JobState"] == "PENDING", "it is nobody else's to end"
         stopped = cluster.nanochat("stop waits")
         assert stopped.exit_code == 0, stopped.output
         assert cluster.wait_for_job(job, 60)["JobState"] == "CANCELLED"

@@ -462,7 +462,7 @@ def test_the_command_for_missing_data_can_be_pasted(
     assert found, said
     assert shlex.split(command.strip()) == spec
     assert entrypoint.main(["fetch", *shlex.split(command), "--check"]) == 78
-    assert "gsm8k" in "".join(capsys.readouterr())
+    assert "gsm8k/main/test-00000-of-00001.parquet" in "".join(capsys.readouterr())
 
 
 def test_over_ssh_only_the_users_own_jobs_are_in_the_way(

@@ -6,7 +6,8 @@
   HOME_MIB, another one on each node, which is what a small quota looks like.
 
 `python -m tests.twin.slurm.cluster up IMAGE` starts one to try the SLURM path by hand, with the SIF
-made of that image; `down` removes it. `make cluster` and `make cluster-down` do the same.
+made of that image; `down` removes it, and leaves the SIF for the next one. `make cluster` and
+`make cluster-down` do the same.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ USER = "student"
 SCRATCH = f"/scratch/{USER}"
 HOME = f"{SCRATCH}/nanochat"
 SIF = f"{SCRATCH}/nanochat.sif"
+SIF_STORE = "/sif"
+"""Of a cluster that is tried by hand: a volume that outlives it, since a SIF takes minutes."""
 KIT = "/opt/kit"
 HOME_MIB = 64
 SMALL = "/small"
@@ -89,9 +93,10 @@ def build_twin() -> str:
 class Cluster:
     """Three nodes; `up` starts them, `down` removes everything."""
 
-    def __init__(self, session: str = "") -> None:
+    def __init__(self, session: str = "", keeps_sif: bool = False) -> None:
         self.client = docker.from_env(timeout=300)
         self.session = session or uuid.uuid4().hex[:12]
+        self.keeps_sif = keeps_sif
         self._labels = {LABEL: self.session}
         self._network: Any = None
         self.nodes: dict[str, Container] = {}
@@ -128,6 +133,8 @@ class Cluster:
             network_mode=self._name("net"),
             **APPTAINER_IN_DOCKER,
         )
+        if self.keeps_sif:  # made by the engine and without a label, so that `down` leaves it
+            host["Binds"].append(f"{self._name('sif')}:{SIF_STORE}:rw")
         alone = api.create_endpoint_config(aliases=[name])
         made = api.create_container(
             TAG,
@@ -184,15 +191,29 @@ class Cluster:
             raise EngineError(f"on {node}: {script!r} ended with {said.exit_code}:\n{said.output}")
         return said.output
 
-    def nanochat(self, words: str) -> Said:
-        """A verb as a student types it on the login node."""
-        return self.run(f"cd {KIT} && infra/slurm/nanochat.sh {words}")
+    def nanochat(self, words: str, variables: str = "") -> Said:
+        """A verb as a student types it on the login node, perhaps with variables before it."""
+        return self.run(f"cd {KIT} && {variables} infra/slurm/nanochat.sh {words}")
 
     def sinfo(self) -> str:
         return self.run("sinfo --noheader --Node --format='%N %T'", user="root").output
 
     def make_sif(self, image: str) -> str:
-        """The SIF of an image of the engine, built by the student; its sha256."""
+        """The SIF of an image of the engine, built by the student; its sha256.
+
+        A cluster that keeps its SIF builds none where it has that of this image.
+        """
+        if not self.keeps_sif:
+            return self._build_sif(image, SIF)
+        image_id = self.client.images.get(image).id.partition(":")[2][:16]
+        place = f"{SIF_STORE}/{image_id}.sif"
+        if self.run(f"test -f {place}.sha256").exit_code:
+            self.check(f"rm -f {SIF_STORE}/*.sif {SIF_STORE}/*.sha256")
+            self._build_sif(image, place)
+        self.check(f"ln -sf {place} {SIF} && ln -sf {place}.sha256 {SIF}.sha256")
+        return self.check(f"head -c 64 {SIF}.sha256")
+
+    def _build_sif(self, image: str, place: str) -> str:
         archive = f"{SCRATCH}/image.tar"
         with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as saved:
             copied = subprocess.run(
@@ -204,10 +225,32 @@ class Cluster:
             raise EngineError(f"{image} could not be copied to the login node")
         options = " ".join(f"'{o}'" for o in FAST_SIF)
         try:
-            self.check(f"{KIT}/infra/slurm/build_sif.sh {archive} {SIF} {options} 2>&1")
+            self.check(f"{KIT}/infra/slurm/build_sif.sh {archive} {place} {options} 2>&1")
         finally:
             self.check(f"rm -f {archive}")
-        return self.check(f"sha256sum {SIF}").split()[0]
+        return self.check(f"sha256sum {place}").split()[0]
+
+    def serve(self, files: Mapping[str, bytes]) -> str:
+        """Address of a hub on the login node, on the cluster's network, with these files.
+
+        files: OWNER/NAME/PATH of a data set's file -> content. Raises TimeoutError with its log.
+        """
+        login = self.nodes["login"]
+        for name, content in files.items():
+            path = f"{SCRATCH}/hub/{name}"
+            copy = f"mkdir -p {Path(path).parent} && cat > {path}"
+            command = ["docker", "exec", "-i", "-u", USER, login.id, "sh", "-c", copy]
+            subprocess.run(command, input=content, check=True)
+        login.reload()
+        address = login.attrs["NetworkSettings"]["Networks"][self._name("net")]["IPAddress"]
+        log = f"{SCRATCH}/hub.log"
+        self.check(f"rm -f {log}")
+        server = f"python3 -B -m tests.twin.slurm.data_server {SCRATCH}/hub {address}"
+        login.exec_run(
+            ["bash", "-c", f"cd {KIT} && exec {server} > {log} 2>&1"], user=USER, detach=True
+        )
+        wait_until(lambda: self.run(f"grep ^http {log}").exit_code == 0, 30, "the hub", POLL_S)
+        return self.check(f"grep -m 1 ^http {log}").strip()
 
     # -- jobs
 
@@ -264,10 +307,15 @@ class Cluster:
         return self.run(f"cat {SCRATCH}/nanochat-*-{job_id}.out").output
 
     def packets_without_route(self, node: str) -> int:
-        """The kernel's count of packets of a node that no route leads to (SNMP IpOutNoRoutes)."""
-        rows = [r.split() for r in self.check("cat /proc/net/snmp", node, "root").splitlines()]
+        """The kernel's count of packets of a node that no route leads to, IPv4 and IPv6.
+
+        SNMP's IpOutNoRoutes and Ip6OutNoRoutes; the second is 0 where the kernel has no IPv6.
+        """
+        files = "/proc/net/snmp $(ls /proc/net/snmp6 2>/dev/null)"
+        rows = [r.split() for r in self.check(f"cat {files}", node, "root").splitlines()]
         names, values = [r for r in rows if r and r[0] == "Ip:"][:2]
-        return int(values[names.index("OutNoRoutes")])
+        ip6 = [int(r[1]) for r in rows if r and r[0] == "Ip6OutNoRoutes"]
+        return int(values[names.index("OutNoRoutes")]) + sum(ip6)
 
     # -- parts
 
@@ -313,16 +361,18 @@ def _has_buildkit(client: str) -> bool:
 
 def main(argv: list[str]) -> int:
     """up IMAGE or down."""
-    cluster = Cluster("try")
+    cluster = Cluster("try", keeps_sif=True)
     if argv[:1] == ["down"]:
         cluster.down()
         return 0
     build_twin()
+    started_s = time.monotonic()
     if not cluster.adopt():
         cluster.up()
-    if cluster.run(f"test -f {SIF}").exit_code and len(argv) > 1:
-        print("building the SIF; some minutes", file=sys.stderr)
+    if len(argv) > 1:
+        print("the SIF: some minutes, unless that of this image was kept", file=sys.stderr)
         cluster.make_sif(argv[1])
+    print(f"ready after {time.monotonic() - started_s:.0f} s", file=sys.stderr)
     print(f"docker exec -it -u {USER} -w {KIT} -e NANOCHAT_HOME={HOME} nanochat-try-login bash -l")
     return 0
 

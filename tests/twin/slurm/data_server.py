@@ -1,25 +1,27 @@
-"""The hub of the cluster in a box, on the login node: `python3 -m tests.twin.slurm.data_server`.
+"""The hub of the cluster in a box: `python3 -m tests.twin.slurm.data_server FOLDER ADDRESS`.
 
-It has GSM8K's files by name; what is in them matters to nobody who never opens them. Prints the
-address for HF_ENDPOINT, then serves.
+Runs on the login node. What lies in FOLDER/OWNER/NAME/… are the files of the data set OWNER/NAME.
+Prints its URL, for HF_ENDPOINT, then serves. Needs nothing but Python.
 """
 
+import sys
 import threading
+from pathlib import Path
 
 from tests.twin.hub import Hub
 
-FILES = ("main/train-00000-of-00001.parquet", "main/test-00000-of-00001.parquet")
-FILE_BYTES = 3_000_000
 
-
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Serve until killed."""
-    with Hub() as hub:
-        for name in FILES:
-            hub.repositories["openai/gsm8k"][name] = name.encode() * (FILE_BYTES // len(name))
+    folder, address = Path(argv[0]), argv[1]
+    with Hub(address=address, store_name=address) as hub:
+        for file in folder.glob("*/*/**/*"):
+            if file.is_file():
+                owner, name, *rest = file.relative_to(folder).parts
+                hub.repositories[f"{owner}/{name}"]["/".join(rest)] = file.read_bytes()
         print(hub.url, flush=True)
         threading.Event().wait()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

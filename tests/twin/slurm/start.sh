@@ -5,6 +5,7 @@ chmod 666 /dev/fuse                       # Docker makes it root's; Apptainer mo
 install -d -m 1777 /scratch
 install -d -o student -g student /scratch/student
 install -d -o other -g other /scratch/other
+[ ! -d /sif ] || install -d -o student -g student /sif
 install -d -o munge -g munge -m 755 /run/munge
 install -o munge -g munge -m 400 /cluster/munge.key /etc/munge/munge.key
 runuser -u munge -- munged
@@ -16,8 +17,10 @@ case "$1" in
     ;;
   compute)
     # Docker's internal networks drop what leaves them; without a route the kernel refuses and
-    # counts it (IpOutNoRoutes), which is what the tests read.
+    # counts it (OutNoRoutes), which is what the tests read.
     ip route del default || true
+    # With an address on loopback the kernel counts what leaves by IPv6 too, and ::1 is no such thing.
+    (echo 0 > /proc/sys/net/ipv6/conf/lo/disable_ipv6) 2> /dev/null || true
     exec slurmd -D
     ;;
 esac
