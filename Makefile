@@ -92,7 +92,7 @@ sif:  ## the image as a SIF for Apptainer (SIF=, SOURCE=image, archive.tar or re
 cluster: setup  ## a SLURM cluster in containers, with the SIF of IMAGE, to try docs/ptolemy.md on
 	$(PY) -m tests.twin.slurm.cluster up $(IMAGE)
 
-cluster-down:  ## remove that cluster and what is on its scratch
+cluster-down:  ## remove that cluster and what is on its scratch, not the SIF
 	$(PY) -m tests.twin.slurm.cluster down
 
 sbom: image  ## the image's bill of materials, build/sbom.cdx.json (CycloneDX)
