@@ -25,6 +25,7 @@ from tests.twin.runpod import catalog
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv-cloud" / "bin" / "python"
 FILES = sorted((ROOT / "sky").glob("*.yaml"))
+VOLUME = ROOT / "sky" / "volume.yaml"
 TASKS = [p for p in FILES if p.stem != "volume"]
 RUNS = [p for p in TASKS if p.stem != "serve"]
 OFFERS = {name: ours for ours, name in catalog.SKY_NAMES.items()}
@@ -95,7 +96,7 @@ def test_money_is_bounded(path: Path) -> None:
             assert offer_of(kind).usd_per_hour <= rung["max_hourly_cost"]
         assert rung["image_id"] == f"docker:{image_tag()}"
     assert len(task["volumes"]) == 1
-    assert task["volumes"]["/workspace"] == load(ROOT / "sky" / "volume.yaml")["name"]
+    assert task["volumes"]["/workspace"] == load(VOLUME)["name"]
 
 
 def head(path: Path) -> str:
@@ -158,7 +159,7 @@ def test_its_config_has_a_budget_and_a_plan_for_every_rung(path: Path, tmp_path:
     assert task["envs"]["ARGS"] == ""
     assert task["run"].rstrip().endswith("$ARGS")
     config, overrides = config_of(path, tmp_path)
-    volume_gib = float(load(ROOT / "sky" / "volume.yaml")["size"].removesuffix("Gi")) * 1e9 / 2**30
+    volume_gib = float(load(VOLUME)["size"].removesuffix("Gi")) * 1e9 / 2**30
     for rung in rungs(task):
         offer = "cpu"
         if not rung["instance_type"].startswith("cpu"):
@@ -175,17 +176,28 @@ CHECK = """
 import json, sys, unittest.mock as mock
 from pathlib import Path
 import sky, yaml
-from sky import clouds
+from sky import clouds, global_user_state, models
 from sky.optimizer import Optimizer
+from sky.utils.registry import CLOUD_REGISTRY
+from sky.volumes.volume import Volume
 
-found = {}
+made = Volume.from_yaml_config(yaml.safe_load(Path(sys.argv[2]).read_text()))
+made.validate()
+volume = models.VolumeConfig(
+    name=made.name, type=made.type, cloud=str(CLOUD_REGISTRY.from_str(made.cloud)),
+    region=made.region, zone=made.zone, name_on_cloud=made.name, size=made.size,
+)
+# what the API server remembers after `sky volumes apply`
+volumes = {made.name: {"handle": volume, "status": None}}
+global_user_state.get_volume_by_name = volumes.get
+found = {"volume": made.to_yaml_config()}
 for path, cloud, spot in json.loads(sys.argv[1]):
     config = yaml.safe_load(Path(path).read_text())
-    config.pop("volumes", None)          # looked up on the API server
     for target in (config.get("file_mounts") or {}).values():
         Path(target).touch()
     task = sky.Task.from_yaml_config(config)
     task.validate()
+    task.resolve_and_validate_volumes()
     if spot:
         task.set_resources_override({"use_spot": True})
     dag = sky.Dag()
@@ -198,6 +210,8 @@ for path, cloud, spot in json.loads(sys.argv[1]):
         "instance_type": best.instance_type, "usd_per_hour": best.get_cost(3600),
         "down": best.autostop_config.down, "image": best.extract_docker_image(),
         "hooks": len((config.get("config") or {}).get("hooks", [])), "spot": best.use_spot,
+        "place": f"{best.region}/{best.zone}",
+        "mounted": [(v.path, v.volume_name) for v in task.volume_mounts or ()],
     }
 print(json.dumps(found))
 """
@@ -216,7 +230,9 @@ ELSEWHERE = {
 CLOUDS = {"lambda": "Lambda", "nebius": "Nebius"}
 
 
-def skypilot(home: Path, *asked: tuple[Path, str, bool]) -> "subprocess.CompletedProcess[str]":
+def skypilot(
+    home: Path, *asked: tuple[Path, str, bool], volume: Path | None = None
+) -> "subprocess.CompletedProcess[str]":
     """SkyPilot's schema and optimizer with a catalog on disk: no server, no key, no network."""
     if not PYTHON.exists():
         if os.environ.get("CI"):
@@ -233,7 +249,7 @@ def skypilot(home: Path, *asked: tuple[Path, str, bool]) -> "subprocess.Complete
         "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
     }
     listed = [(str(path), cloud, spot) for path, cloud, spot in asked]
-    command = [str(PYTHON), "-c", CHECK, json.dumps(listed)]
+    command = [str(PYTHON), "-c", CHECK, json.dumps(listed), str(volume or VOLUME)]
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=home)
 
 
@@ -273,6 +289,15 @@ def test_skypilot_takes_every_file_and_picks_the_first_rung(
     assert took["usd_per_hour"] <= first["max_hourly_cost"]
     assert took["down"] is True
     assert took["image"] == image_tag()
+    assert took["mounted"] == [["/workspace", "nanochat"]]
+    assert took["place"] == "CA/CA-MTL-1", "the volume pins the data centre"
+
+
+def test_skypilot_takes_the_volume(taken: dict[str, dict[str, Any]]) -> None:
+    took = taken["volume"]
+    place = (took["cloud"].lower(), took["region"], took["zone"])
+    assert place == ("runpod", "CA", "CA-MTL-1")
+    assert (took["name"], took["size"]) == ("nanochat", "300")
 
 
 @pytest.mark.parametrize("path", [p for p in TASKS if p.stem != "cpu_smoke"], ids=ids)
@@ -293,6 +318,18 @@ def test_every_run_fits_two_more_clouds(
     assert took["instance_type"] in ELSEWHERE[infra]
     assert took["usd_per_hour"] <= next(rungs(load(path)))["max_hourly_cost"]
     assert took["down"] is True and took["image"] == image_tag()
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [("type:", "typ:"), ("300Gi", "3Gi"), ("runpod/CA/CA-MTL-1", "runpod/CA")],
+    ids=["key", "size", "zone"],
+)
+def test_a_wrong_volume_is_refused(right: str, wrong: str, tmp_path: Path) -> None:
+    volume = tmp_path / "volume.yaml"
+    volume.write_text(VOLUME.read_text().replace(right, wrong))
+    done = skypilot(tmp_path, volume=volume)
+    assert done.returncode != 0 and "ValueError" in done.stderr
 
 
 def test_a_typo_is_refused(tmp_path: Path) -> None:
