@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from nanochat.offline import install_guard
 from nanochat.rundir import (
     EXIT_FAILED,
@@ -79,18 +81,22 @@ def run_stage(name: str, main: Callable[[RunDir], Outcome | dict[str, Any] | Non
 
 
 def live_and_die_with_parent() -> None:
-    """End with SIGKILL when the parent ends; dump all stacks on SIGUSR2.
+    """End with SIGKILL when the parent ends, at once where it has; dump all stacks on SIGUSR2.
 
     torchrun's workers start sessions of their own and outlive a SIGKILL of the group, still
-    writing to the run directory; PR_SET_PDEATHSIG (prctl(2)) is what reaches them.
+    writing to the run directory; PR_SET_PDEATHSIG (prctl(2)) is what reaches them. A torchrun that
+    died while this rank imported torch is no longer the parent: the rank would wait for init.
     """
     parent = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
-            os._exit(1)
+            os._exit(EXIT_BUG)
     else:
         threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
+    if "TORCHELASTIC_RUN_ID" in os.environ and not _is_torchrun(parent):
+        sys.stderr.write("the torchrun of this rank is gone; nothing was changed\n")
+        os._exit(EXIT_BUG)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
 
@@ -98,7 +104,16 @@ def live_and_die_with_parent() -> None:
 def _watch_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1.0)
-    os._exit(1)
+    os._exit(EXIT_BUG)
+
+
+def _is_torchrun(pid: int) -> bool:
+    """Whether a process was started as torchrun, by either of its names."""
+    try:
+        words = psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return False
+    return any("torchrun" in word or "torch.distributed" in word for word in words)
 
 
 def stop_on_signals(run: RunDir, is_alone: bool) -> None:
@@ -111,7 +126,7 @@ def stop_on_signals(run: RunDir, is_alone: bool) -> None:
         if run.stop_request() is None and run.path.is_dir():
             run.request_stop(StopReason.SIGNAL, time.time() + run.spec().stop_grace_s)
 
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, ask if is_alone else signal.SIG_IGN)
 
 
