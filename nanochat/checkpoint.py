@@ -112,6 +112,7 @@ class _Job:
     extra: dict[str, Any]
     rank_extra: dict[str, Any]
     val_bpb: float | None
+    prune: bool
     started_s: float
 
 
@@ -231,13 +232,15 @@ class Checkpointer:
         *,
         rank_extra: dict[str, Any] | None = None,
         val_bpb: float | None = None,
+        prune: bool = True,
         wait: bool = False,
     ) -> None:
         """Save the state after `step` steps.
 
         state: nested dicts of tensors and JSON values; the entry "model" holds the weights. extra:
         JSON, rank 0's is kept (schedule, `cursor` of the data, best so far); rank_extra: JSON, kept
-        per rank (RNG states). wait: return when the checkpoint is complete (a stop).
+        per rank (RNG states). prune: remove what the policy does not keep; False where these
+        weights may yet turn out to be bad. wait: return when the checkpoint is complete (a stop).
         Where the save before this one failed in the background, the present state is tried first
         and waited for. Raises CheckpointError where what is waited for cannot be written.
         """
@@ -254,6 +257,7 @@ class Checkpointer:
             json.loads(json.dumps(extra)),
             json.loads(json.dumps(rank_extra or {})),
             val_bpb if val_bpb is not None and math.isfinite(val_bpb) else None,
+            prune,
             started_s,
         )
         if background:
@@ -409,7 +413,8 @@ class Checkpointer:
             metrics={} if job.val_bpb is None else {"val_bpb": job.val_bpb},
         )
         self.dir.commit(manifest)
-        self.dir.prune(self.policy)
+        if job.prune:
+            self.dir.prune(self.policy)
         return manifest.size
 
     # -------------------------------------------------------------------------

@@ -10,7 +10,6 @@
 * The batches follow from source, seq_len, rows_per_step, packing and cursor alone, not from timing.
 """
 
-import os
 import queue
 import threading
 import weakref
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanochat.machine import num_cores
 from nanochat.packing import Packer, Row, make_packer, num_row_targets, write_row
 from nanochat.sources import Source, document_stream, refetch
 from nanochat.spec import SpecError
@@ -144,7 +144,7 @@ class Loader:
 
 def _num_workers(world_size: int) -> int:
     """Tokenizer threads of one rank: half of its cores, at most MAX_WORKERS."""
-    return max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // (2 * world_size)))
+    return max(1, min(MAX_WORKERS, num_cores() // (2 * world_size)))
 
 
 def _shut_down(

@@ -149,6 +149,7 @@ def _cpu_name() -> str:
 
 
 def num_cores() -> int:
+    """Cores that this process may use; a batch system gives a job fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

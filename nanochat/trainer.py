@@ -163,6 +163,7 @@ def fit(
             {"position": asdict(at), "cursor": cursor},
             rank_extra={"rng": rng_state()},
             val_bpb=at.last_bpb if at.validated_step == at.step else None,
+            prune=not at.high,
             wait=wait,
         )
         saved_s, saved_step = time.monotonic(), at.step

@@ -152,6 +152,8 @@ def test_a_look_between_high_losses_saves_nothing_to_go_back_to(
 ) -> None:
     """Step 27 is saved before its look, with batch 27 in the weights: 18 is taken."""
     spec = make_spec(num_steps=36, eval_every_steps=9)
+    policy = CheckpointPolicy(keep_last=1, keep_best=False, free_floor_gib=0.0)
+    spec = spec.model_copy(update={"checkpoint": policy})
     run = new_run(tmp_path / "run", spec)
     poison = on_batches(lambda loss: loss + 16 * 9.0, 27, 28, 29)  # sum over the 16 targets
     trainee = Trainee(run, spec, poison=poison)
@@ -165,6 +167,7 @@ def test_a_look_between_high_losses_saves_nothing_to_go_back_to(
     assert (record["step"], record["batches"]) == (28, [27, 28, 29])
     known = weights_without(tmp_path / "known", spec, 27, 28, 29, poison=poison)
     assert_equal(trainee.weights(), known)
+    assert [m.step for m in trainee.checkpointer.list_complete()] == [36]
 
 
 class Killed(BaseException):
