@@ -4,99 +4,93 @@ import ipaddress
 import json
 import re
 import shutil
-import tarfile
 import tomllib
-from collections import Counter
+import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import pytest
 import tomli_w
 
-from tests.twin.engine import ROOT, Engine, build_image
+from tests.twin.engine import MOUNT, ROOT, Engine, build_image, given_image
 from tests.twin.hub import Hub
+from tests.twin.layers import Scan
 from tests.twin.published import repositories
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 
-SCANNED_BYTES = 1 << 20
-"""Files up to this size are searched; whoever leaks a key does not pad it."""
-PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----\s+[A-Za-z0-9+/=\s]{200}")
-FORBIDDEN = {
-    "git": re.compile(r"(^|/)\.git(/|$)"),
-    "package caches": re.compile(
-        r"^(root|home/[^/]+)/\.(cache|cargo|npm)/.|^var/cache/apt/archives/.*\.deb$"
-        r"|^var/lib/apt/lists/.*Packages"
-    ),
-    "host keys": re.compile(r"^etc/ssh/ssh_host_"),
-    "credentials": re.compile(
-        r"(^|/)(\.env|\.netrc|\.pypirc|\.runpod|id_(rsa|ed25519)|\.docker/config\.json)(/|$)"
-    ),
-    "tests": re.compile(r"^opt/nanochat/app/(.*/)?(tests/|test_[^/]*\.py$)"),
-    "Rust": re.compile(r"^usr/bin/(rustc|cargo)|(^|/)[^/]+\.rlib$"),
-    "build folder": re.compile(r"^(build|out)(/|$)"),
-}
 TWICE_BYTES = 8 << 20
 """What Debian's own files (passwd, dpkg's lists, linker cache) may take in more than one layer."""
-KEY_SAMPLES = re.compile(r"^(opt/nanochat/venv|root/skypilot-runtime)/.*/(tests?|testing)/")
-
-
-@dataclass
-class Scan:
-    """All layers of an image, read once."""
-
-    layer_bytes: dict[str, int] = field(default_factory=dict)
-    names: Counter[str] = field(default_factory=Counter)
-    twice_bytes: int = 0
-    forbidden: list[str] = field(default_factory=list)
-    private: list[str] = field(default_factory=list)
-
-    def add_layer(self, name: str, layer: tarfile.TarFile, host_path: re.Pattern[bytes]) -> None:
-        total = 0
-        for entry in layer:
-            path = entry.name.removeprefix("./").rstrip("/")
-            total += entry.size
-            self.forbidden += [f"{why}: {path}" for why, p in FORBIDDEN.items() if p.search(path)]
-            if not entry.isfile():
-                continue
-            if self.names[path]:
-                self.twice_bytes += entry.size
-            self.names[path] += 1
-            if entry.size <= SCANNED_BYTES:
-                content = cast(IO[bytes], layer.extractfile(entry)).read()
-                if PRIVATE_KEY.search(content) and not KEY_SAMPLES.search(path):
-                    self.private.append(f"private key: {path}")
-                if found := host_path.search(content):
-                    self.private.append(f"{found[0].decode()}: {path}")
-        self.layer_bytes[name] = total
-
-
-class Stream:
-    """What the Docker SDK yields as chunks, as a file that tarfile reads once."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-        self._rest = b""
-
-    def read(self, size: int) -> bytes:
-        parts, have = [self._rest], len(self._rest)
-        while have < size:
-            chunk = next(self._chunks, b"")
-            if not chunk:
-                break
-            parts.append(chunk)
-            have += len(chunk)
-        data = b"".join(parts)
-        self._rest = data[size:]
-        return data[:size]
+MOST_BYTES = 7_200_000_000
+"""The table of layers in docs/docker.md, and a tenth."""
+CODE_BYTES = 32 << 20
+"""The last layer."""
+TOKEN = f"hf_{uuid.uuid4().hex}"
 
 
 def copy_of_the_checkout(folder: Path) -> Path:
     """The files that the image is built from, to change them."""
     ignored = shutil.ignore_patterns(".git", ".venv", "target", "build", "runs", "__pycache__")
     return shutil.copytree(ROOT, folder / "checkout", ignore=ignored)
+
+
+def change(file: Path) -> None:
+    with open(file, "a") as f:
+        f.write("\n# changed\n")
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """An image whose data came from a hub of ours, which asks for a token, and its builds."""
+
+    tag: str
+    checkout: Path
+    first_log: str
+    second_log: str
+    """After a change of the fetch's code."""
+    files_sent: list[int]
+    """By the hub, during each."""
+
+
+@pytest.fixture(scope="module")
+def mirrored(
+    engine: Engine, image: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Mirrored]:
+    """Build it twice: the layer of the data depends on the hub's address, so none has it yet."""
+    folder = tmp_path_factory.mktemp("mirrored")
+    checkout = copy_of_the_checkout(folder)
+    lock_file = checkout / "nanochat" / "data.lock.json"
+    lock = json.loads(lock_file.read_text())
+    # The hub on this machine has sets of its own, of which the kit's lock knows nothing.
+    lock["sources"]["gsm8k"].update(revision=None, files={})
+    lock_file.write_text(json.dumps(lock))
+    toy = tomllib.loads((ROOT / "configs" / "e2e.toml").read_text())
+    toy["evaluate"]["tasks"] = ["gsm8k"]
+    del toy["chat_rl"]
+    (checkout / "configs" / "mirror.toml").write_text(tomli_w.dumps(toy))
+    (folder / "token").write_text(TOKEN)
+    subnet = engine.client.networks.get("bridge").attrs["IPAM"]["Config"][0]["Subnet"]
+    # The host is the first address; engines before 23 do not name it as the gateway.
+    bridge = str(next(ipaddress.ip_network(subnet).hosts()))
+    tag = f"{image}-mirror"
+    logs: list[str] = []
+    files_sent: list[int] = []
+    try:
+        with Hub(address=bridge, store_name=bridge, token=TOKEN) as hub:
+            hub.repositories.update(repositories())
+            options = [f"--secret=id=HF_TOKEN,src={folder}/token", "--build-arg=DATA=mirror"]
+            options.append(f"--build-arg=HF_ENDPOINT={hub.url}")
+            for _ in range(2):
+                hub.requests.clear()
+                logs.append(build_image(tag, *options, folder=checkout))
+                sent = [r for r in hub.requests if r.method == "GET" and "/store/" in r.path]
+                files_sent.append(len(sent))
+                change(checkout / "infra" / "fetch.py")
+        yield Mirrored(tag, checkout, logs[0], logs[1], files_sent)
+    finally:
+        engine.client.images.remove(tag, force=True)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +128,9 @@ def test_the_bill_lists_every_wheel_package_and_crate(engine: Engine, sbom: dict
         assert len(wheels) > 40
         missing = {f"pkg:pypi/{w['name']}@{w['version']}" for w in wheels} - purls
         assert not missing
+    # The kit's own folder is on the path by a .pth file, which `uv pip list` does not follow.
+    ours = {p.split("@")[0] for p in purls}
+    assert {"pkg:pypi/rustbpe", "pkg:pypi/nanochat-kit"} <= ours
     packages = engine.run("dpkg-query", "--show", "--showformat=${Package}\n").output.split()
     listed = {re.match(r"pkg:deb/debian/([^@]+)@", p)[1] for p in purls if "pkg:deb" in p}  # type: ignore[index]
     assert listed == set(packages)
@@ -147,77 +144,77 @@ def test_most_components_say_their_licence(sbom: dict[str, Any]) -> None:
         assert len(licensed) >= share * len(components), (kind, len(licensed), len(components))
 
 
-def test_layers_hold_nothing_private_and_nothing_twice(engine: Engine, image: str) -> None:
+def test_layers_hold_nothing_private_and_nothing_twice(
+    engine: Engine, request: pytest.FixtureRequest
+) -> None:
+    """Of an image that was built with a secret, where none is given: also the secret."""
+    tag, checkout = given_image(), ROOT
+    if tag is None:
+        mirrored: Mirrored = request.getfixturevalue("mirrored")
+        tag, checkout = mirrored.tag, mirrored.checkout
     # The checkout's path alone may stand anywhere: Git's release notes have a /work/main.
-    inside = "|".join(re.escape(f"{ROOT}/{p.name}") for p in ROOT.iterdir())
-    outside = "|".join(re.escape(p) for p in (f"file://{ROOT}", f"{Path.home()}/.docker"))
-    host_path = re.compile(f"{inside}|{outside}".encode())
-    scan = Scan()
-    archive = tarfile.open(  # noqa: SIM115 - a stream has nothing to close
-        fileobj=cast(Any, Stream(engine.client.images.get(image).save(chunk_size=1 << 22))),
-        mode="r|",
-    )
-    for member in archive:
-        if member.name.endswith("layer.tar"):
-            with tarfile.open(fileobj=archive.extractfile(member), mode="r|") as layer:
-                scan.add_layer(member.name, layer, host_path)
+    inside = [re.escape(f"{root}/{p.name}") for root in (ROOT, checkout) for p in ROOT.iterdir()]
+    outside = [re.escape(p) for p in (f"file://{ROOT}", f"{Path.home()}/.docker", TOKEN)]
+    scan = Scan(re.compile("|".join(inside + outside).encode()))
+    scan.read(engine.client.images.get(tag).save(chunk_size=1 << 22))
     assert len(scan.names) > 20_000
     assert scan.forbidden == []
-    assert scan.private == []
+    assert scan.found == []
     assert scan.twice_bytes < TWICE_BYTES
+    print(scan.table())
+    assert sum(scan.layer_bytes.values()) < MOST_BYTES, scan.table()
+    assert scan.layer_bytes[scan.layers[-1]] < CODE_BYTES, scan.table()
 
 
 def test_a_change_of_code_changes_the_last_small_layer_only(
     engine: Engine, image: str, tmp_path: Path
 ) -> None:
     checkout = copy_of_the_checkout(tmp_path)
-    with open(checkout / "nanochat" / "spec.py", "a") as f:
-        f.write("\n# changed\n")
+    change(checkout / "nanochat" / "trainer.py")
     tag = f"{image}-changed"
-    build_image(tag, folder=checkout)
+    log = build_image(tag, folder=checkout)
     try:
+        # A step that is done again tells; one from the cache says so.
+        (number,) = set(re.findall(r"^#(\d+) \[data \d+/\d+\] RUN", log, flags=re.MULTILINE))
+        assert f"#{number} CACHED" in log
         before, after = (engine.client.images.get(t).attrs for t in (image, tag))
         old, new = before["RootFS"]["Layers"], after["RootFS"]["Layers"]
         assert old[:-1] == new[:-1]
         assert old[-1] != new[-1]
         last = engine.client.images.get(tag).history()
         code = [entry["Size"] for entry in last if entry["Size"]][0]
-        assert code < 32 << 20
+        assert code < CODE_BYTES
     finally:
         engine.client.images.remove(tag)
 
 
-def test_baked_data_is_fetched_once_and_found_without_network(
-    engine: Engine, image: str, tmp_path: Path
+def test_baked_data_is_fetched_once(mirrored: Mirrored) -> None:
+    assert "1 files right in /var/cache/nanochat-data/mirror-" in mirrored.first_log
+    assert "1 of them fetched" in mirrored.first_log
+    assert mirrored.files_sent[0] == 1
+    assert "1 files right in /var/cache/nanochat-data/mirror-" in mirrored.second_log
+    assert mirrored.files_sent[1] == 0
+
+
+def test_baked_data_is_read_only_and_found_without_network(
+    engine: Engine, mirrored: Mirrored, volume: str
 ) -> None:
-    checkout = copy_of_the_checkout(tmp_path)
-    lock_file = checkout / "nanochat" / "data.lock.json"
-    lock = json.loads(lock_file.read_text())
-    # The hub on this machine has sets of its own, of which the kit's lock knows nothing.
-    lock["sources"]["gsm8k"].update(revision=None, files={})
-    lock_file.write_text(json.dumps(lock))
-    toy = tomllib.loads((ROOT / "configs" / "e2e.toml").read_text())
-    toy["evaluate"]["tasks"] = ["gsm8k"]
-    (checkout / "configs" / "mirror.toml").write_text(tomli_w.dumps(toy))
-    subnet = engine.client.networks.get("bridge").attrs["IPAM"]["Config"][0]["Subnet"]
-    # The host is the first address; engines before 23 do not name it as the gateway.
-    bridge = str(next(ipaddress.ip_network(subnet).hosts()))
-    tag = f"{image}-mirror"
-    with Hub(address=bridge, store_name=bridge) as hub:
-        hub.repositories.update(repositories())
-        arguments = ("--build-arg=DATA=mirror", f"--build-arg=HF_ENDPOINT={hub.url}")
-        build_image(tag, *arguments, folder=checkout)
-        assert hub.requests
-    try:
-        check = ("fetch", "@configs/mirror.toml", "--check")
-        ended = engine.run(*check, image=tag, network_mode="none", read_only=True, user="4711")
-        assert ended.exit_code == 0, ended.output
-        kept = engine.run("bash", "-c", "find /opt/nanochat/data -perm /222 ! -type l", image=tag)
-        assert kept.output == ""
-        locked = engine.run("bash", "-c", "cat /opt/nanochat/data/gsm8k/data.lock.json", image=tag)
-        assert re.search(r'"sha256": "[0-9a-f]{64}"', locked.output)
-    finally:
-        engine.client.images.remove(tag)
+    tag = mirrored.tag
+    offline: dict[str, Any] = {"network_mode": "none", "read_only": True}
+    check = ("fetch", "@configs/mirror.toml", "--check")
+    ended = engine.run(*check, image=tag, user="4711", **offline)
+    assert ended.exit_code == 0, ended.output
+    kept = engine.run("bash", "-c", "find /opt/nanochat/data -perm /222 ! -type l", image=tag)
+    assert kept.output == ""
+    locked = engine.run("bash", "-c", "cat /opt/nanochat/data/gsm8k/data.lock.json", image=tag)
+    assert re.search(r'"sha256": "[0-9a-f]{64}"', locked.output)
+    few = [f"{stage}.num_steps=2" for stage in ("base_train", "mid_train", "chat_sft")]
+    there = {volume: {"bind": MOUNT, "mode": "rw"}}
+    run = ("run", "@configs/mirror.toml", *few)
+    ended = engine.run(*run, image=tag, volumes=there, **offline)
+    assert ended.exit_code == 0, ended.output
+    report = engine.shell(volume, f"cat {MOUNT}/nanochat/runs/e2e/report.md")
+    assert "GSM8K" in report
 
 
 @pytest.mark.long

@@ -54,8 +54,8 @@ def image_tag() -> str:
     return f"nanochat:{version}"
 
 
-def build_image(tag: str, *options: str, folder: Path = ROOT) -> None:
-    """Build with the project's own script. Raises EngineError with the end of the log."""
+def build_image(tag: str, *options: str, folder: Path = ROOT) -> str:
+    """Build with the project's own script; its log. Raises EngineError with the end of it."""
     ensure_base_image()
     built = subprocess.run(
         [folder / "infra" / "image" / "build.sh", tag, "--progress=plain", *options],
@@ -66,6 +66,7 @@ def build_image(tag: str, *options: str, folder: Path = ROOT) -> None:
     )
     if built.returncode:
         raise EngineError(f"{tag} could not be built:\n{built.stdout[-4000:]}")
+    return built.stdout
 
 
 class Engine:

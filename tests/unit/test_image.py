@@ -1,6 +1,7 @@
 """The image's health check, bill of materials and entry point, without an engine."""
 
 import argparse
+import io
 import json
 import modulefinder
 import os
@@ -9,9 +10,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -19,6 +21,7 @@ from entrypoint import build_parser
 from infra.image.health import SILENCE_S, health
 from infra.image.sbom import _debian_licences, make_sbom, python_components, rust_components
 from infra.pointer import point_to, pointer_file
+from tests.twin.layers import Scan
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = 1_800_000_000.0
@@ -164,6 +167,56 @@ def test_the_same_image_has_the_same_bill_and_another_has_another(tmp_path: Path
     other = make_sbom("nanochat", "1", components[:1])
     assert other["serialNumber"] != first["serialNumber"]
     assert uuid.UUID(first["serialNumber"]).urn == first["serialNumber"]
+
+
+# -- layers, as the end-to-end tests read them
+
+
+def packed(members: dict[str, bytes], mode: Literal["w", "w:gz"] = "w") -> bytes:
+    """A tar archive of files."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as tar:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def saved(names: list[str], history: str = "RUN make", mode: Literal["w", "w:gz"] = "w") -> bytes:
+    """What `docker save` writes of an image of three layers, one of them without files."""
+    secret = {"root/.netrc": b"", "etc/token": b"the-" + b"secret" * 100}
+    layers = [packed({"usr/bin/tool": b"x" * 3000}, mode), packed({}, mode), packed(secret, mode)]
+    config = json.dumps({"history": [{"created_by": history}], "padding": "x" * 600})
+    manifest = json.dumps([{"Config": names[-1], "Layers": names[:-1]}])
+    rest = {names[-1]: config.encode(), "manifest.json": manifest.encode(), "VERSION": b"1.0"}
+    return packed({**dict(zip(names, layers, strict=False)), **rest})
+
+
+OLD_FORM = ["a/layer.tar", "b/layer.tar", "c/layer.tar", "d.json"]
+OCI_FORM = [f"blobs/sha256/{digit * 64}" for digit in "abcd"]
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize("names", [OLD_FORM, OCI_FORM], ids=["layer.tar", "blobs"])
+def test_both_forms_of_a_saved_image_are_searched(
+    names: list[str], mode: Literal["w", "w:gz"]
+) -> None:
+    scan = Scan(re.compile(b"secret"))
+    image = saved(names, history="RUN TOKEN=secret make", mode=mode)
+    scan.read(image[i : i + 777] for i in range(0, len(image), 777))
+    assert scan.layers == names[:-1]
+    assert [scan.layer_bytes[name] for name in scan.layers] == [3000, 0, 604]
+    assert scan.found == ["secret: etc/token", f"secret: {names[-1]}"]
+    assert scan.forbidden == ["credentials: root/.netrc"]
+    assert scan.table().splitlines()[-1].strip() == "0.0 MB in all"
+
+
+def test_a_layer_that_was_not_read_is_no_clean_layer() -> None:
+    manifest = json.dumps([{"Config": "c.json", "Layers": ["gone"]}]).encode()
+    image = packed({"c.json": b"{}", "manifest.json": manifest})
+    with pytest.raises(ValueError, match="gone"):
+        Scan(re.compile(b"secret")).read([image])
 
 
 # -- data layer
