@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import NanoChatConfig, NanoChatForCausalLM
 
@@ -194,6 +195,27 @@ def test_a_gpu_skips_other_documents_where_the_model_is_compiled(
     for model.compiled_by_block in (False, True):
         model(idx, doc_ids=idx)
     assert asked == [False, True]
+
+
+def test_compiled_blocks_take_a_new_block_mask_without_compiling_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The graph of a block has no break, and other documents are no reason for another graph."""
+    torch._dynamo.reset()
+    model = GPT(dataclasses.replace(TINY, n_layer=1, seq_len=128)).eval()
+    model.init_weights(0)
+    idx = torch.randint(0, 50, (2, 128), generator=torch.Generator().manual_seed(0))
+    documents = [torch.arange(128)[None] // torch.tensor([[17 + i], [50]]) for i in range(2)]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.01)  # no matrix is zero
+        dense = [model(idx, doc_ids=ids) for ids in documents]
+        monkeypatch.setattr(gpt, "skips_blocks", lambda device, is_compiled: True)
+        counter = CompileCounter()
+        model.blocks[0].compile(fullgraph=True, backend=counter)
+        for ids, expected in zip(documents, dense, strict=True):
+            torch.testing.assert_close(model(idx, doc_ids=ids), expected, atol=1e-4, rtol=1e-4)
+    assert counter.frame_count == 1
 
 
 def test_recomputed_blocks_give_the_same_gradients() -> None:
