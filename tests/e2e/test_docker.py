@@ -133,11 +133,11 @@ def test_any_user_runs_it(
     assert owners.split() == ["12345"]
 
 
-def test_without_a_volume_it_runs_and_warns(engine: Engine, image: str, short: Path) -> None:
-    config = {str(short): {"bind": SHORT[1][1:], "mode": "ro"}}
-    ended = engine.run(*SHORT, "base_train.num_steps=2", network_mode="none", volumes=config)
+def test_without_a_volume_it_runs_and_warns(engine: Engine, image: str) -> None:
+    ended = engine.run(*TOY, network_mode="none")
     assert ended.exit_code == 0, ended.output
     assert re.search(r"warning: .*lost with.*-v nanochat:/workspace", ended.output), ended.output
+    assert "report done" in ended.output
 
 
 @pytest.mark.long
@@ -201,13 +201,15 @@ def test_docker_stop_saves_and_the_next_run_ends_with_the_same_bits(
 ) -> None:
     container = engine.start(*TOY, **OFFLINE, **mounted(volume))
     wait_for_step(container, "base_train", 15)
+    reached = last_step(container, "base_train")
     started = time.monotonic()
     container.stop(timeout=10)
     assert time.monotonic() - started < 10.0
     ended = engine.wait(container)
     assert ended.exit_code == 75, ended.output
-    complete = engine.shell(volume, f"ls {RUN}/checkpoints/base_train/*/manifest.json")
-    assert complete
+    script = f"cd {RUN}/checkpoints/base_train && cat latest && ls $(cat latest)/manifest.json"
+    latest, _ = engine.shell(volume, script).split()
+    assert int(latest.removeprefix("step_")) >= reached, "saved when it was stopped, not before"
     again = engine.run(*TOY, **OFFLINE, **mounted(volume))
     assert again.exit_code == 0, again.output
     assert weights(engine, volume) == weights(engine, finished[0])
@@ -318,17 +320,18 @@ def test_a_volume_that_turns_read_only_is_told_and_mended_the_run_goes_on(
 def test_a_volume_that_vanishes_is_told_and_where_it_is_back_the_run_goes_on(
     engine: Engine, image: str, volume: str, short: Path
 ) -> None:
-    holder = engine.start("sleep", "infinity", **mounted(volume))
+    """As with a network file system: its mount goes, and what is open there stays open."""
     run = (*SHORT, "budget.checkpoint_every_s=1.0", LONGER)
     container = engine.start(*run, **OFFLINE, **mounted(volume, short=short))
     latest = f"{RUN}/checkpoints/base_train/latest"
     wait_until(lambda: "step_" in shown(container, latest), START_S, "a first checkpoint")
-    assert holder.exec_run(["mv", RUN, f"{MOUNT}/away"])[0] == 0
+    unmount = ("nsenter", "--target", "1", "--mount", "umount", "--lazy", MOUNT)
+    unmounted = engine.run(*unmount, pid_mode=f"container:{container.id}", privileged=True)
+    assert unmounted.exit_code == 0, unmounted.output
     ended = engine.wait(container)
     assert ended.exit_code == 77, ended.output
     assert f"the volume of {RUN} is gone" in ended.output
-    script = f"rm -rf {RUN} && mv {MOUNT}/away {RUN} && ls {latest}"
-    assert engine.shell(volume, script)
+    assert engine.shell(volume, f"ls {RUN}/checkpoints/base_train/$(cat {latest})/manifest.json")
     again = engine.run(*run, **OFFLINE, **mounted(volume, short=short))
     assert again.exit_code == 0, again.output
 
@@ -347,6 +350,37 @@ def test_a_second_container_on_a_run_is_refused_and_harms_nothing(
     assert "is in use by pid" in second.output and "nanochat stop" in second.output
     container.stop()
     assert engine.wait(container).exit_code == 75
+
+
+# -- health
+
+
+def test_docker_sees_whether_the_run_gives_signs_of_life(
+    engine: Engine, image: str, volume: str, short: Path
+) -> None:
+    second = 1_000_000_000
+    often = {"interval": second, "timeout": 10 * second, "start_period": second, "retries": 1}
+    endless = (*SHORT, "base_train.num_steps=1000000")
+    container = engine.start(*endless, healthcheck=often, **OFFLINE, **mounted(volume, short=short))
+
+    def health() -> dict[str, Any]:
+        container.reload()
+        assert container.status == "running", container.logs().decode()
+        return dict(container.attrs["State"]["Health"])
+
+    def is_seen(status: str, said: str) -> bool:
+        found = health()
+        return found["Status"] == status and said in found["Log"][-1]["Output"]
+
+    wait_for_step(container, "base_train", 1)
+    wait_until(lambda: is_seen("healthy", f"{RUN}: base_train, last sign"), 60.0, "healthy")
+    supervisor = json.loads(shown(container, f"{RUN}/status.json"))["pid"]
+    # It stands still, and as if for long.
+    old = f"""sed -i 's/"heartbeat": [0-9.]*/"heartbeat": 1.0/' {RUN}/status.json"""
+    hang = f"kill -STOP {supervisor} && {old} && grep '\"heartbeat\": 1.0' {RUN}/status.json"
+    code, output = container.exec_run(["bash", "-c", hang])
+    assert code == 0, output
+    wait_until(lambda: is_seen("unhealthy", "no sign of life"), 60.0, "unhealthy")
 
 
 # -- the launcher
