@@ -147,6 +147,7 @@ def render(job: Job, user: str = "") -> Rendered:
         text_file = Path(job.spec.data.path).resolve()
         binds.append(shlex.quote(f"{text_file}:{text_file}:ro"))
         words.append(f"data.path={json.dumps(str(text_file))}")
+    overrides = shlex.join(words[1:])
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, autoescape=False
     )
@@ -170,9 +171,8 @@ def render(job: Job, user: str = "") -> Rendered:
         binds=binds,
         embedded=embedded,
         end_mark="END_OF_SPEC",
-        run_words=" ".join(
-            f'"{word}"' if word == "@$spec" else shlex.quote(word) for word in words
-        ),
+        run_words=" ".join(map(_quoted, words)),
+        config_words=_quoted(words[0]) + (shlex.quote(f" {overrides}") if overrides else ""),
     )
     return Rendered(text, worst_case_usd(job), comment="# ")
 
@@ -344,6 +344,11 @@ def _options(job: Job, log: str) -> list[str]:
     ]
     lines = [f"{name}={value}" for name, value in options if value is not None]
     return [*lines, "requeue" if slurm.requeue else "no-requeue"]
+
+
+def _quoted(word: str) -> str:
+    """For the shell, in which $spec is where the job writes the spec that it was sent with."""
+    return f'"{word}"' if word == "@$spec" else shlex.quote(word)
 
 
 def _uses_gpus(job: Job) -> bool:

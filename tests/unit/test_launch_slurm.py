@@ -465,6 +465,21 @@ def test_the_command_for_missing_data_can_be_pasted(
     assert "gsm8k/main/test-00000-of-00001.parquet" in "".join(capsys.readouterr())
 
 
+def test_so_can_the_command_of_a_stage_that_knows_no_config(tmp_path: Path, shell: Shell) -> None:
+    words = ['name="toy"', "base_train.num_steps=7"]
+    made = job(tmp_path, {"scratch": str(tmp_path / "scratch")}, *words)
+    shell.script.write_text(slurm.render(made, "student").text)
+    log = shell.folder / "scratch" / "nanochat-toy-1000.out"
+    log.write_text("tok_train: x is missing. Bring it: nanochat fetch @CONFIG\n")
+    assert shell.run(CODE="78").returncode == 78
+    chain = slurm.chain(RunDir(shell.folder / "scratch/nanochat/runs/toy"))
+    assert chain is not None
+    _, _, command = chain["reason"].partition("nanochat fetch ")
+    config, *overrides = shlex.split(command)
+    assert overrides == words
+    assert Path(config.removeprefix("@")).read_text() == TOY
+
+
 def test_over_ssh_only_the_users_own_jobs_are_in_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
