@@ -117,6 +117,8 @@ class World:
         self.stalls: list[tuple[float, float]] = []
         self.deaths: list[float] = []
         """Moments at which a container died that is started again."""
+        self.rises = 0
+        """Of the price, while there was a pod."""
         self.trained_s: dict[str, float] = {}
 
     # -- time
@@ -235,6 +237,7 @@ class World:
 
     def move_price(self, factor: float) -> None:
         self.price *= factor
+        self.rises += factor > 1.0 and bool(self.alive())
         for pod in self.pods.values():
             if pod.ended is None:
                 pod.prices.append((self.now, self.price))
@@ -299,7 +302,7 @@ class Stage:
         self.step += 1
         self._tell()
         # what a stalled supervisor does not look at does not train in this stand-in
-        self.trained_s += min(self.world.now - self.looked, 2 * SAVE_EVERY_S / 3)
+        self.trained_s += min(self.world.now - self.looked, LATEST_S)
         self.looked = self.world.now
         longest = max(self.world.trained_s.get(self.stage, 0.0), self.trained_s)
         self.world.trained_s[self.stage] = longest

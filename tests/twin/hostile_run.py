@@ -269,7 +269,7 @@ class Schedule:
         # from here on an absence is not made up for: before, the stop is not due yet
         due = world.moment_of(outlook.max_usd - price / 3600.0 * END_OF_POD_S)
         late_deaths = sum(moment + RESTART_S > due for moment in world.deaths)
-        absent_s = TICK_S + RESTART_S * max(outlook.kills > 0, late_deaths)
+        absent_s = TICK_S + RESTART_S * late_deaths
         if "switch" in outlook.dead:
             stalled_s = sum(max(0.0, min(b, world.now) - max(a, due)) for a, b in world.stalls)
             stalled_s += self.unseen_s
@@ -284,7 +284,7 @@ class Schedule:
             gap_s = REAP_PERIOD_S if only_reap else deadman.RETRY_S[-1] + LATEST_S
             outage_s = max((b - a for a, b in merged(world.outages, gap_s)), default=0.0)
             absent_s += outage_s + (REAP_PERIOD_S if outlook.dead else 0.0)
-        moved_s = TICK_S * outlook.moves  # a rise is known a minute later
+        moved_s = TICK_S * world.rises  # one is known a minute later
         return outlook.max_usd + price / 3600.0 * (absent_s + moved_s)
 
 
