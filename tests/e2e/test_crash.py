@@ -8,6 +8,7 @@ on from, and at the end the weights are those of a whole run, and every batch he
 
 import json
 import random
+import signal
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -149,3 +150,87 @@ def test_fifty_hits_change_nothing(whole: FaultyRun, tmp_path: Path, seed: int) 
     # damage needs an older checkpoint to go back to
     kinds.sort(key=lambda kind: kind in ("bit flipped", "truncated"))
     crash_campaign(whole, tmp_path, kinds, seed)
+
+
+# -- one process of the tree is killed, and the others are to follow
+
+SOON_S = 5.0
+IMPORTS_S = 60.0
+"""Of torch, where others use the machine too."""
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> FaultyRun:
+    """A run that goes on from test to test."""
+    return FaultyRun(tmp_path_factory.mktemp("endless"), num_steps=20_000)
+
+
+def torchrun_and_ranks(
+    process: subprocess.Popen[str],
+) -> tuple[psutil.Process, list[psutil.Process]]:
+    """Of a run's training stage, as soon as they are there."""
+    found: list[psutil.Process] = []
+
+    def are_there() -> bool:
+        assert not has_ended(process)
+        try:
+            tree = {p: p.cmdline() for p in psutil.Process(process.pid).children(recursive=True)}
+        except psutil.NoSuchProcess:  # of another stage
+            return False
+        torchruns = [p for p, words in tree.items() if "torch.distributed.run" in words]
+        ranks = [
+            p for p, words in tree.items() if words[-3:-1] == ["-m", f"nanochat.stages.{STAGE}"]
+        ]
+        ranks = [p for p in ranks if p not in torchruns]
+        found[:] = [*torchruns[:1], *ranks]
+        return len(found) == 1 + 2
+
+    wait_for(are_there, timeout_s=300)
+    return found[0], found[1:]
+
+
+def test_when_the_supervisor_is_killed_its_ranks_end(endless: FaultyRun) -> None:
+    process = endless.start()
+    try:
+        torchrun, ranks = torchrun_and_ranks(process)
+        endless.wait_for_step(process, 1)
+        process.kill()
+        _, alive = psutil.wait_procs([torchrun, *ranks], timeout=SOON_S)
+        assert not alive
+    finally:
+        kill_tree(process)
+
+
+def test_when_torchrun_is_killed_its_ranks_end(endless: FaultyRun) -> None:
+    """Without the supervisor's help, which stands still."""
+    process = endless.start()
+    try:
+        torchrun, ranks = torchrun_and_ranks(process)
+        endless.wait_for_step(process, 1)
+        process.send_signal(signal.SIGSTOP)
+        torchrun.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=SOON_S)
+        assert not alive
+    finally:
+        kill_tree(process)
+
+
+def test_when_torchrun_is_killed_while_its_ranks_import_they_touch_nothing(
+    endless: FaultyRun,
+) -> None:
+    process = endless.start()
+    try:
+        torchrun, ranks = torchrun_and_ranks(process)
+        for rank in ranks:
+            rank.suspend()
+        process.send_signal(signal.SIGSTOP)
+        progress = endless.run.progress_file(STAGE)
+        assert not progress.exists(), "the ranks have begun before they were stopped"
+        torchrun.kill()
+        for rank in ranks:
+            rank.resume()
+        _, alive = psutil.wait_procs(ranks, timeout=IMPORTS_S)
+        assert not alive
+        assert not progress.exists()
+    finally:
+        kill_tree(process)
