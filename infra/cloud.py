@@ -72,6 +72,9 @@ def _jobs(
         if offer != spec.offer:
             overrides.append(f'offer="{offer}"')
         job, refusal = _planned(args, path, tuple(overrides), free_gib)
+        price, most = float(job.plan["usd_per_hour"]), args.max_usd_per_hour
+        if refusal is None and most is not None and price > most:
+            refusal = f"costs ${price:.2f}/h, more than --max-usd-per-hour {most:g}"
         if refusal is None:
             jobs.append(job)
         else:
@@ -79,7 +82,7 @@ def _jobs(
     for reason in refused if jobs else ():
         sys.stderr.write(f"left out: {reason}\n")
     if not jobs:
-        raise LaunchError("the plan refuses every offer:\n  " + "\n  ".join(refused))
+        raise LaunchError("no offer can do it:\n  " + "\n  ".join(refused))
     return jobs
 
 

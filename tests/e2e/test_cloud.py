@@ -17,7 +17,7 @@ import yaml
 from tests.twin.engine import ROOT, Engine, wait_until
 from tests.twin.runpod.account import Fault, Pod
 from tests.twin.runpod.cloud import Cloud
-from tests.twin.runpod.metrics import losses
+from tests.twin.runpod.metrics import assert_equal, results
 from tests.twin.runpod.venv import cloud_bin
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(3600)]
@@ -93,6 +93,17 @@ class Client:
         found: dict[str, Any] = json.loads(self.in_pod("cat", f"{HOME}/runs/{run}/status.json"))
         return found
 
+    def autostop(self, cluster: str) -> tuple[int, bool]:
+        """(idle minutes, whether it goes down) as SkyPilot has recorded them."""
+        code, said = self("sky", "status", "-o", "json", cluster)
+        assert code == 0, said
+        (found,) = json.JSONDecoder().raw_decode(said[said.index("[\n") :])[0]
+        return found["autostop"], found["to_down"]
+
+    def on_volume(self, engine: Engine, script: str) -> str:
+        (volume,) = self.account.volumes.values()
+        return engine.shell(volume["docker"], script)
+
     def kill_in_base_train(self, run: str) -> None:
         """Wait for a first checkpoint, then take the pod away with all its processes."""
         latest = f"{HOME}/runs/{run}/checkpoints/base_train/latest"
@@ -119,8 +130,8 @@ def client(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli
 
 
 def check_resume(client: Client, engine: Engine, run: str, task: str, toy: str) -> None:
-    """Launched as the file stands; its pod killed; the same command again: equal losses, and
-    autodown, which the pod itself calls."""
+    """Launched as the file stands; its pod killed; the same command again: equal results,
+    and autodown, which the pod itself calls."""
     launch = ("sky", "launch", "-y", "-c", run, task, "--env", f"ARGS={toy}")
     code, said = client(*launch, "-d")
     assert code == 0, said
@@ -139,14 +150,16 @@ def check_resume(client: Client, engine: Engine, run: str, task: str, toy: str) 
         assert (status["state"], status["exit_code"]) == ("SUCCEEDED", 0)
         pod = client.pod()
         assert pod.id != first.id
-        # autodown, so that it runs while the reference ends
+        asked = yaml.safe_load((ROOT / task).read_text())["resources"]["autostop"]
+        assert client.autostop(run) == (asked["idle_minutes"], True), "the file's own setting"
+        # sooner than that, so that it comes while the reference ends
         code, said = client("sky", "autostop", "-y", "--down", "-i", "0", run)
         assert code == 0, said
-        found = losses(client.in_pod("cat", f"{HOME}/runs/{run}/metrics.jsonl"))
+        found = results(client.in_pod("cat", f"{HOME}/runs/{run}/metrics.jsonl"))
         ended = engine.wait(reference)
         assert ended.exit_code == 0, ended.output
-        wanted = losses(engine.shell(volume, f"cat {HOME}/runs/{run}/metrics.jsonl"))
-    assert found == wanted and len(wanted) > 20
+        wanted = results(engine.shell(volume, f"cat {HOME}/runs/{run}/metrics.jsonl"))
+    assert_equal(found, wanted)
     wait_until(lambda: pod.ended is not None, COMMAND_S, "autodown of the pod")
     assert str(pod.ended_by).startswith("172.30.77."), "the call comes from the pod"
     assert not [h for h in client.cloud.foreign if "runpod" in h]
@@ -192,6 +205,26 @@ def test_status_and_stop_are_ours_too(client: Client) -> None:
     assert code == 0 and "no pod" in said
     code, said = client("nanochat", "status", "mine")
     assert code == 78, "neither a run nor a cluster is there"
+
+
+def test_sky_down_saves_first(client: Client, engine: Engine) -> None:
+    """The hook of the file stops the run, which has saved nothing yet."""
+    never = "budget.checkpoint_every_s=100000.0 base_train.eval_every_steps=100000"
+    endless = f'name="saved" {TOY} {never} base_train.num_steps=100000'
+    launch = ("sky", "launch", "-y", "-c", "saved", "sky/cpu_smoke.yaml")
+    code, said = client(*launch, "--env", f"ARGS={endless}", "-d")
+    assert code == 0, said
+    run = f"{HOME}/runs/saved"
+    trains = '"step": 20,'
+    wait_until(lambda: trains in client.in_pod("cat", f"{run}/metrics.jsonl"), COMMAND_S, "a run")
+    saved = f"find {run}/checkpoints -name manifest.json"
+    assert client.on_volume(engine, saved) == ""
+    code, said = client("sky", "down", "-y", "saved")
+    assert code == 0, said
+    assert client.account.alive() == []
+    assert "manifest.json" in client.on_volume(engine, saved)
+    status = json.loads(client.on_volume(engine, f"cat {run}/status.json"))
+    assert (status["state"], status["exit_code"]) == ("STOPPED", 75)
 
 
 def test_an_exited_spot_pod_is_reaped_and_the_run_goes_on(client: Client) -> None:

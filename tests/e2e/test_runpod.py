@@ -11,20 +11,31 @@ from typing import Any
 
 import pytest
 
+from infra.launch.runpod import CPU_INSTANCES
 from tests.twin.engine import ROOT, Engine, wait_until
 from tests.twin.runpod.account import Fault, Pod
 from tests.twin.runpod.cloud import Cloud
-from tests.twin.runpod.metrics import losses
+from tests.twin.runpod.metrics import assert_equal, results
 from tests.twin.runpod.venv import cloud_bin
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(1800)]
 
+IMAGE = "registry.example/nanochat:0"
+"""The name alone counts: whatever is asked for, the emulated pods are of the image under test."""
 RUN = "/workspace/nanochat/runs/e2e"
 TRAINS_ONLY = (
     *("base_train.num_steps=400", "base_train.eval_every_steps=400"),
     "budget.checkpoint_every_s=60.0",
 )
 """An evaluation and a save have an allowance of their own, a quarter of an hour."""
+IMPATIENT = """
+import functools, sys
+from infra.launch import runpod_pod
+import entrypoint
+runpod_pod.Launcher = functools.partial(runpod_pod.Launcher, boot_deadline_s=180.0)
+sys.exit(entrypoint.main())
+"""
+"""`nanochat` that waits three minutes for a pod, not a quarter of an hour."""
 START_S = 400.0
 """A toy run on two cores that others use too."""
 
@@ -35,7 +46,6 @@ class Client:
 
     cloud: Cloud
     home: Path
-    image: str
     processes: "list[subprocess.Popen[str]]" = field(default_factory=list)
 
     def env(self) -> dict[str, str]:
@@ -47,9 +57,13 @@ class Client:
             "RUNPOD_API_BASE_URL": self.cloud.url,
         }
 
-    def start(self, *words: str) -> "subprocess.Popen[str]":
+    def start(self, *words: str, command: str | None = None) -> "subprocess.Popen[str]":
+        """`nanochat`, or a Python program in its place."""
+        program = [cloud_bin() / "nanochat"]
+        if command is not None:
+            program = [cloud_bin() / "python", "-c", command]
         process = subprocess.Popen(
-            [cloud_bin() / "nanochat", *words],
+            [*program, *words],
             cwd=ROOT,
             env=self.env(),
             stdout=subprocess.PIPE,
@@ -64,13 +78,13 @@ class Client:
             with process:  # waits, and closes its output
                 process.kill()
 
-    def run(self, *words: str) -> tuple[int, str]:
-        process = self.start(*words)
+    def run(self, *words: str, command: str | None = None) -> tuple[int, str]:
+        process = self.start(*words, command=command)
         output = process.communicate(timeout=1500)[0]
         return process.returncode, output
 
     def launch(self, *words: str) -> tuple[str, ...]:
-        to = ("--to", "runpod", "--image", self.image, "--max-usd-per-hour", "10")
+        to = ("--to", "runpod", "--image", IMAGE, "--max-usd-per-hour", "10")
         return ("launch", "@configs/e2e.toml", *words, *to)
 
     def shown(self, pod: Pod, path: str) -> str:
@@ -102,7 +116,7 @@ def client(engine: Engine, image: str, tmp_path: Path) -> Iterator[Client]:
     cloud_bin()
     with Cloud(image) as cloud:
         cloud.account.make_volume("nanochat", "CA-MTL-1", 10)
-        made = Client(cloud, tmp_path, image)
+        made = Client(cloud, tmp_path)
         yield made
         made.close()
 
@@ -130,9 +144,8 @@ def test_a_killed_pod_is_resumed_with_equal_metrics(
         assert "done" in output, "the log of the run comes through"
         ended = engine.wait(reference)
         assert ended.exit_code == 0, ended.output
-        wanted = losses(engine.shell(volume, f"cat {RUN}/metrics.jsonl"))
-    assert losses(client.on_volume(engine, f"cat {RUN}/metrics.jsonl")) == wanted
-    assert len(wanted) > 20
+        wanted = results(engine.shell(volume, f"cat {RUN}/metrics.jsonl"))
+    assert_equal(results(client.on_volume(engine, f"cat {RUN}/metrics.jsonl")), wanted)
     assert client.cloud.account.alive() == [], "nothing is billed any more"
     # the pod has ended itself: the call came from the pod's network
     last = [p for p in client.cloud.account.pods.values() if p.id != killed.id][-1]
@@ -240,13 +253,24 @@ def test_a_stopped_trainer_is_ended_and_continued(client: Client, engine: Engine
     assert client.cloud.account.alive() == []
 
 
-def test_no_capacity_unfit_prices_and_boot_failures_fall_through(client: Client) -> None:
-    """Stock-outs take the next rung, a pod that does not come up is ended and another asked for."""
+def test_stock_outs_prices_and_boot_failures_fall_through(client: Client) -> None:
+    """A dear offer is not asked for, a stock-out takes the next rung, a pod that costs more than
+    the list says is ended, one that does not come up too, and another of its rung is slow."""
     account = client.cloud.account
+    first, dear, broken = CPU_INSTANCES
     account.faults["deploy"] = Fault(times=1)
+    account.dearer[dear] = 1000.0
+    account.fails_to_boot[broken] = 1
+    account.boot_s = 5.0
     endless = ("base_train.num_steps=1000000", "budget.checkpoint_every_s=5.0")
-    code, output = client.run(*client.launch("--volume", "none", "--detach", *endless))
+    offers = ("--offers", "8xH100-SXM,cpu", "--volume", "none", "--detach")
+    code, output = client.run(*client.launch(*offers, *endless), command=IMPATIENT)
     assert code == 0, output
+    assert "left out: 8xH100-SXM: costs $21.52/h, more than" in output
+    asked = [p.asked["instanceId"] for p in account.pods.values()]
+    assert asked == [dear, broken, broken], output
+    assert [p.ended is None for p in account.pods.values()] == [False, False, True]
+    assert "more than $10.00/h" in output and "was not up within" in output
     assert "no longer any instances" not in output
     assert len(account.alive()) == 1
     code, output = client.run(*client.launch())

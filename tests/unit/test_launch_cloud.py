@@ -49,6 +49,17 @@ def test_a_run_that_fits_its_volume_is_launched(account: Launcher) -> None:
     assert [job.name for job in account.given] == ["d20"]
 
 
+def test_an_offer_above_the_ceiling_is_not_asked_for(
+    account: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    offers = ("--offers", "8xH200,8xH100-SXM", "--max-usd-per-hour", "25")
+    assert launch("d20", "runpod", *IMAGE, *offers) == 0
+    assert [job.plan["offer"] for job in account.given] == ["8xH100-SXM"]
+    assert "8xH200: costs $28.72/h, more than --max-usd-per-hour 25" in capsys.readouterr().err
+    with pytest.raises(LaunchError, match=r"8xH100-SXM: costs \$21\.52/h"):
+        launch("d20", "runpod", *IMAGE, "--max-usd-per-hour", "20")
+
+
 def test_a_volume_that_is_too_small_is_refused_before_any_money(account: Launcher) -> None:
     """d20 keeps 24 GiB of checkpoints, has one of 5 in the making, and leaves 5 free."""
     account.volumes = [Volume("v", "nanochat", "CA-MTL-1", 30.0)]

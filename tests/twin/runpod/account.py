@@ -1,5 +1,6 @@
 """One account of the emulated provider: pods, volumes, prices, faults, and what was billed."""
 
+import math
 import shlex
 import threading
 import time
@@ -46,7 +47,7 @@ class Pod:
     born: float
     container: str | None = None
     ready_at: float = 0.0
-    """Slow boots: no ports before."""
+    """No ports before."""
     status: str = "RUNNING"
     ended: float | None = None
     ended_by: str | None = None
@@ -55,8 +56,9 @@ class Pod:
     """(since, USD per hour), the price moves."""
 
     def spent_usd(self, now: float) -> float:
-        """What it has been billed so far."""
-        until = self.ended or now
+        """What it has been billed so far: by the second (docs.runpod.io/pods/pricing, and of every
+        charge accounts-billing/billing), a begun one whole."""
+        until = self.born + math.ceil((self.ended or now) - self.born)
         total = 0.0
         for (since, usd), following in zip(
             self.bills, [*(b[0] for b in self.bills[1:]), until], strict=True
@@ -78,9 +80,12 @@ class Account:
         self.faults: dict[str, Fault] = {}
         self.calls: list[Json] = []
         self.price_factor = 1.0
+        self.dearer: dict[str, float] = {}
+        """Instance or GPU type -> times what the list says, for one whose price has risen."""
         self.boot_s = 0.0
-        self.fails_to_boot = 0
-        """This many of the next pods never get a port, as on a broken host."""
+        """Slow boots: so long a pod has no port."""
+        self.fails_to_boot: dict[str, int] = {}
+        """Instance or GPU type -> of how many of its next pods the container never starts."""
         self.on_start: str | None = None
         """A shell command run in every new pod, e.g. one that breaks its set-up."""
         self.extra_env: dict[str, str] = {}
@@ -148,6 +153,8 @@ class Account:
             if given.get("instanceId") not in CPUS:
                 raise Refused(f"instance {given.get('instanceId')!r} does not exist")
             usd = CPUS[given["instanceId"]]
+        what = str(gpu_type or given.get("instanceId"))
+        usd *= self.dearer.get(what, 1.0)
         mounts = self._mounts(given)
         pod_id = uuid.uuid4().hex[:14]
         now = time.time()
@@ -161,9 +168,6 @@ class Account:
             born=now,
             ready_at=now + self.boot_s,
         )
-        if self.fails_to_boot > 0:
-            self.fails_to_boot -= 1
-            pod.ready_at = float("inf")
         pod.bills.append((now, pod.usd_per_hour))
         env = {e["key"]: e["value"] for e in given.get("env") or []}
         env |= {
@@ -175,6 +179,9 @@ class Account:
         }
         with self._lock:
             self.pods[pod_id] = pod
+            if self.fails_to_boot.get(what, 0) > 0:
+                self.fails_to_boot[what] -= 1
+                return self._shown(pod)
         pod.container = self.engine.start(
             f"runpod-{pod_id}",
             self.image,
