@@ -29,6 +29,8 @@ GONE_S = 900.0
 than the ten minutes between two looks of a cron line."""
 BOOT_S = 1200.0
 """A pod that after this time has no address will not come up: image pulls take minutes."""
+EXPECTED = "expected"
+"""Event of a launch whose pods are made later, and by somebody else."""
 MAX_AGE_H = 48.0
 """Of a pod whose budget nobody here knows; the longest run of sky/*.yaml has 46 hours."""
 ATTEMPTS = 4
@@ -70,6 +72,32 @@ def note_launch(event: str, run: str, pod: str, file: Path | None = None, **fact
     append_jsonl(file, record, durable=True)
 
 
+def note_expected(cluster: str, run: str, max_usd: float | None, file: Path | None = None) -> None:
+    """Remember what pods may cost that SkyPilot's controller will make for a cluster."""
+    note_launch(EXPECTED, run, cluster, file, max_usd=max_usd)
+
+
+def _adopt(pods: Iterable[Pod], file: Path) -> None:
+    """Remember the pods that were expected, each with what its run's earlier ones have left."""
+    records = list(read_jsonl(file))
+    expected = {str(r["pod"]): r for r in records if r.get("event") == EXPECTED}
+    known = _lives(records)
+    for pod in pods:
+        found = expected.get(SKYPILOT_NAME.sub("", pod.name))
+        if found is None or pod.id in known:
+            continue
+        run, most = str(found["run"]), _number(found.get("max_usd"))
+        note_launch(
+            "made",
+            run,
+            pod.id,
+            file,
+            usd_per_hour=pod.usd_per_hour,
+            born=time.time() - pod.uptime_s,
+            max_usd=None if most is None else max(0.0, most - spent_before(run, file)),
+        )
+
+
 def spent_before(run: str, file: Path | None = None) -> float:
     """Dollars that earlier pods of a run have cost as far as this machine has seen: whole minutes
     are billed."""
@@ -97,6 +125,8 @@ class Life:
 def _lives(records: Iterable[dict[str, Any]]) -> dict[str, Life]:
     lives: dict[str, Life] = {}
     for r in records:
+        if r.get("event") == EXPECTED:
+            continue
         pod, price = str(r.get("pod")), float(r.get("usd_per_hour") or 0.0)
         life = lives.setdefault(
             pod,
@@ -145,10 +175,11 @@ def reap(
     max_age_h: most hours of a pod that has neither a label nor a budget that is remembered here.
     Raises ProviderError where the provider does not even list them.
     """
-    remembered = _lives(read_jsonl(file or launches_file()))
     rows = []
     pods = api.pods()
     note_gone(pods, file)
+    _adopt(pods, file or launches_file())
+    remembered = _lives(read_jsonl(file or launches_file()))
     for pod in pods:
         if not (is_ours(pod) or pod.id in remembered):
             continue

@@ -36,7 +36,14 @@ from infra.launch.base import (
     refuse_spent,
     worst_case_usd,
 )
-from infra.launch.sky_cluster import Sky, cluster_name, exit_code_on, note_pods, tear_down
+from infra.launch.sky_cluster import (
+    Sky,
+    cluster_name,
+    exit_code_on,
+    managed_cluster,
+    note_pods,
+    tear_down,
+)
 from infra.processes import APP_DIR
 from nanochat.rundir import EXIT_DONE, EXIT_STOPPED, EXIT_UNFIT_NODE
 
@@ -284,6 +291,7 @@ def submit_sweep(
                 EXIT_UNFIT_NODE,
             ) from None
         submitted.append(f"{job.name} (job {number})")
+        reap.note_expected(managed_cluster(job.name, number), job.name, worst_usd(job, task))
         out.write(f"{submitted[-1]} is submitted\n")
     out.write("sky jobs queue lists them, sky jobs logs NUMBER follows one\n")
     return EXIT_DONE

@@ -60,6 +60,12 @@ def cluster_name(run_name: str) -> str:
     return (name if name[:1].isalpha() else f"run-{name}")[:NAME_LIMIT].rstrip("-")
 
 
+def managed_cluster(run_name: str, job: int) -> str:
+    """Name of the cluster that the controller of managed jobs makes for a job; a longer name than
+    its 25 characters gets a hash there, and `reap` then knows the pod by its age alone."""
+    return f"{cluster_name(run_name)}-{job}"
+
+
 def is_known(cluster: str) -> bool:
     """Whether SkyPilot has brought up a cluster of that name from this machine."""
     return ssh_entry(cluster).is_file()

@@ -4,6 +4,7 @@ import io
 import json
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,12 @@ def test_a_sweep_is_given_to_the_controller_and_says_what_was_taken() -> None:
     assert submit_sweep(runs, PULLED, sky, out) == 0
     assert [shlex.split(t["run"])[3] for t in sky.launched] == ['name="d20-1"', 'name="d20-2"']
     assert "d20-2 (job 2) is submitted" in out.getvalue()
+    share_usd = 100.0 / 2 + 30.0 * (40 + 10) / 60
+    pods = [
+        replace(POD, id=f"p{n}", name=f"d20-{n}-{n}-0a1b2c3d-head", uptime_s=60) for n in (1, 2)
+    ]
+    rows = reap.reap(Provider(*pods))
+    assert [(r.run, r.max_usd) for r in rows] == [("d20-1", share_usd), ("d20-2", share_usd)]
     with pytest.raises(LaunchError, match=r"did not take d20-2.*submitted so far: d20-1 \(job 1\)"):
         submit_sweep(runs, PULLED, FakeSky("queue is full"), io.StringIO())
 

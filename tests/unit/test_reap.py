@@ -141,3 +141,22 @@ def test_a_pod_that_vanished_unseen_counts_for_a_quarter_of_an_hour(
 def test_a_price_that_fell_does_not_make_the_past_cheaper(file: Path) -> None:
     reap.note_launch("made", "a", "p", file, usd_per_hour=40.0, max_usd=30.0)
     assert actions(Account(pod(run="a", max_usd="30")), file) == ["ended"]
+
+
+def test_the_pods_of_a_sweep_are_known_though_the_controller_makes_them(file: Path) -> None:
+    """A run of $30 at $20 an hour, whose first pod was lost after an hour."""
+
+    def look(pod_id: str, hours: float, name: str = "d20-8-1-7-0a1b2c3d-head") -> reap.Row:
+        where = ("127.0.0.1", 22)
+        made = Pod(pod_id, name, "RUNNING", 20.0, 3600.0 * hours, {}, where, "me/nanochat")
+        (row,) = reap.reap(Account(made), False, file, lambda _: None)
+        return row
+
+    reap.note_expected("d20-8-1-7", "d20-8-1", 30.0, file)
+    first = look("p1", 1.0)
+    assert (first.run, first.max_usd, first.action) == ("d20-8-1", 30.0, "kept")
+    second = look("p2", 0.1)
+    assert second.run == "d20-8-1" and second.action == "kept"
+    assert second.max_usd == pytest.approx(10.0, abs=0.5)
+    assert look("p2", 0.6).action == "ended"
+    assert look("p3", 0.1, "d20-8-2-8-0a1b2c3d-head").max_usd is None, "of another launch"
