@@ -77,3 +77,10 @@ def test_what_is_pushed_comes_back_by_its_digest(engine: Engine, registry: str) 
     finally:
         with contextlib.suppress(ImageNotFound):
             engine.client.images.remove(image, force=True)
+
+
+def test_without_a_registry_nothing_is_built() -> None:
+    command = ["make", "--no-print-directory", "push", "REGISTRY="]
+    asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert asked.returncode != 0
+    assert asked.stdout.strip() == "Where to? make push REGISTRY=ghcr.io/yourname"
