@@ -179,7 +179,7 @@ def activation_bytes(c: GPTConfig, layout: Layout, tokens: int) -> float:
     """Bytes that the backward pass reads: of all blocks; or, recomputed, of every block's input,
     of one block, and of the gradients that are in hand there."""
     block, wide = layer_activations(c, layout), c.n_embd * layout.itemsize
-    kept = c.n_layer * block
+    kept: float = c.n_layer * block
     if layout.recompute:
         kept = c.n_layer * layout.code.kept_recomputed_d * wide + block + 3 * wide
     # the embedding in float32, the last x and its norm, token ids and targets
