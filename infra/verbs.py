@@ -83,7 +83,7 @@ def version() -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
-    """All derived numbers of a spec; 78 when the run is refused."""
+    """All derived numbers of a spec; 78 when the run is refused, by a rehearsal too."""
     if args.fields:
         for name, default, text in describe_fields():
             print(name if name.startswith("[") else f"  {name} ({default})", "-", text)
@@ -99,16 +99,19 @@ def plan(args: argparse.Namespace) -> int:
         preflight.free_gib(RunDir(nanochat_home() / "runs" / spec.name)) if offer.cpu else None
     )
     made = planner.make_plan(spec, offer, free_gib=free_gib)
+    rehearsal = _rehearse(spec, made.to_json()) if args.rehearse else None
+    if rehearsal is not None:
+        made = _held_to(made, rehearsal)
     document = made.to_json()
-    if args.rehearse:
-        document["rehearsal"] = _rehearse(spec, document)
+    if rehearsal is not None:
+        document["rehearsal"] = rehearsal
     on_slurm = slurm.outlook(spec, document) if "slurm" in spec.model_fields_set else None
     if on_slurm:
         document["slurm"] = vars(on_slurm)
     slurm_line = f"\nSLURM: {on_slurm.render()}" if on_slurm else ""
     _print(args.json, document, lambda _: made.render() + slurm_line)
-    if args.rehearse and not args.json:
-        print(json.dumps(document["rehearsal"], indent=2))
+    if rehearsal is not None and not args.json:
+        print(json.dumps(rehearsal, indent=2))
     return EXIT_SPEC if made.verdict == "refused" else EXIT_DONE
 
 
@@ -396,6 +399,24 @@ def _rehearse(spec: RunSpec, document: dict[str, Any]) -> Any:
     if result.returncode:
         raise SpecError("the rehearsal failed; the messages above say where")
     return json.loads(result.stdout)
+
+
+def _held_to(made: planner.Plan, rehearsal: dict[str, Any]) -> planner.Plan:
+    """The plan; refused where the rehearsal has counted other memory than was planned."""
+    if rehearsal["ok"]:
+        return made
+    stage = rehearsal["stage"]
+    off = [
+        f"{term} {both['measured']:.2f} GiB (planned {both['planned']:.2f})"
+        for term, both in rehearsal["memory_gib"].items()
+        if not both["ok"]
+    ]
+    reason = (
+        f"the rehearsal of {stage} counts other memory than this plan: {', '.join(off)}; the plan "
+        f"cannot be relied on here, give {stage}.device_batch_size below the planned "
+        f"{rehearsal['device_batch_size']}"
+    )
+    return dataclasses.replace(made, verdict="refused", reasons=(reason, *made.reasons))
 
 
 def _stop_here(run_dir: RunDir) -> int:

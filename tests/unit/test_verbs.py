@@ -2,11 +2,14 @@
 
 import argparse
 import io
+import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from entrypoint import build_parser
 from infra import budget, hardware, planner, verbs
 from infra.console import Console
 from infra.pointer import point_to
@@ -68,3 +71,28 @@ def test_the_budget_covers_the_volume_that_the_plan_has_priced(tmp_path: Path) -
         spec.budget.model_copy(update={"max_hours": None}), [line], line["time"]
     )
     assert left_s == pytest.approx(3600 * 100.0 / price.all_usd_per_hour)
+
+
+@pytest.mark.parametrize("is_near", [True, False])
+def test_a_rehearsal_that_counts_other_memory_refuses_the_plan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_near: bool
+) -> None:
+    def rehearsed(_spec: Any, document: dict[str, Any]) -> dict[str, Any]:
+        planned = document["stages"][0]["memory_gib"]["activations"]
+        activations = {"planned": planned, "measured": 2.0 + planned, "ok": is_near}
+        return {
+            "ok": is_near,
+            "stage": "base_train",
+            "device_batch_size": 32,
+            "memory_gib": {"params": {"ok": True}, "activations": activations},
+        }
+
+    monkeypatch.setattr(verbs, "_rehearse", rehearsed)
+    args = build_parser().parse_args(["plan", "@configs/d20.toml", "--rehearse", "--json"])
+    code = verbs.plan(args)
+    document = json.loads(capsys.readouterr().out)
+    assert document["rehearsal"]["ok"] == is_near
+    assert (code == 78, document["verdict"] == "refused") == (not is_near, not is_near)
+    if not is_near:
+        assert "the rehearsal of base_train" in document["reasons"][0]
+        assert "base_train.device_batch_size below the planned 32" in document["reasons"][0]
