@@ -45,6 +45,13 @@ class Code:
     """Tensors as wide as the keys: k and v in the joint product, rotated k."""
     kept_recomputed_d: float = 1.0
     """Of these, in widths of n_embd, what a block keeps where it is recomputed: its input."""
+    in_hand_compiled: int = 3
+    """Tensors [token, n_embd] more at the peak of a recomputed block's backward pass, behind the
+    MLP's second product: its gradient at four widths and that of the residual stream, less the
+    block's input and the last x and its norm, which are counted elsewhere."""
+    in_hand_eager: int = 11
+    """The same without fusion, within the square's backward pass: two temporaries and the result
+    of four widths each, while the square itself is gone."""
     held_logit_bytes: int = 0
     """Bytes per logit where all of a forward pass are there at a time; 0: a chunk of them is."""
     stale_bytes_per_matrix_param: float = 0.0
@@ -181,7 +188,9 @@ def activation_bytes(c: GPTConfig, layout: Layout, tokens: int) -> float:
     block, wide = layer_activations(c, layout), c.n_embd * layout.itemsize
     kept: float = c.n_layer * block
     if layout.recompute:
-        kept = c.n_layer * layout.code.kept_recomputed_d * wide + block + 3 * wide
+        code = layout.code
+        in_hand = code.in_hand_compiled if layout.compiled else code.in_hand_eager
+        kept = c.n_layer * code.kept_recomputed_d * wide + block + in_hand * wide
     # the embedding in float32, the last x and its norm, token ids and targets
     ends = 4 * c.n_embd + 2 * wide + 16
     return float(tokens * (kept + ends))
