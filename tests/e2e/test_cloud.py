@@ -20,7 +20,7 @@ from tests.twin.runpod.cloud import Cloud
 from tests.twin.runpod.metrics import assert_equal, results
 from tests.twin.runpod.venv import cloud_bin
 
-pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 
 HOME = "/workspace/nanochat"
 IMAGE = ("--image", "registry.example/nanochat:0")
@@ -182,10 +182,12 @@ def test_a_failed_set_up_leaves_no_pod(client: Client) -> None:
     assert any(c["operation"] == "podTerminate" for c in account.calls)
 
 
+@pytest.mark.long
 def test_d20_by_sky_launch_resumes_after_its_pod_is_gone(client: Client, engine: Engine) -> None:
     check_resume(client, engine, "d20", "sky/d20_h100.yaml", D20_TOY)
 
 
+@pytest.mark.long
 def test_status_and_stop_are_ours_too(client: Client) -> None:
     """launch --to sky, status, stop: a checkpoint, exit code 75, nothing billed."""
     endless = (*SIZE.split(), "base_train.num_steps=100000", 'name="mine"')
@@ -207,6 +209,7 @@ def test_status_and_stop_are_ours_too(client: Client) -> None:
     assert code == 78, "neither a run nor a cluster is there"
 
 
+@pytest.mark.long
 def test_sky_down_saves_first(client: Client, engine: Engine) -> None:
     """The hook of the file stops the run, which has saved nothing yet."""
     never = "budget.checkpoint_every_s=100000.0 base_train.eval_every_steps=100000"
@@ -227,6 +230,7 @@ def test_sky_down_saves_first(client: Client, engine: Engine) -> None:
     assert (status["state"], status["exit_code"]) == ("STOPPED", 75)
 
 
+@pytest.mark.long
 def test_an_exited_spot_pod_is_reaped_and_the_run_goes_on(client: Client) -> None:
     """What SkyPilot cannot read (KeyError 'EXITED') is ended by `reap`, and it can launch again."""
     launch = ("sky", "launch", "-y", "-c", "outbid", "sky/cpu_smoke.yaml")
@@ -244,6 +248,7 @@ def test_an_exited_spot_pod_is_reaped_and_the_run_goes_on(client: Client) -> Non
     assert client.account.alive() == []
 
 
+@pytest.mark.long
 def test_no_capacity_falls_through_to_the_next_rung(client: Client) -> None:
     account = client.account
     account.faults["deploy"] = Fault(times=1)

@@ -34,11 +34,7 @@ from tests.twin.slurm.cluster import (
     build_twin,
 )
 
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.long,
-    pytest.mark.timeout(3600),
-]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 
 TOY = "@configs/e2e.toml"
 FAST_SIGNAL_S = 40
