@@ -96,8 +96,9 @@ def stage_command(stage: str, run_dir: Path, num_ranks: int) -> list[str]:
     module = f"nanochat.stages.{stage}"
     if num_ranks == 1:
         return [sys.executable, "-m", module, str(run_dir)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    return [sys.executable, *torchrun, "-m", module, str(run_dir)]
+    # else the ranks meet under the host's name, which a container without network cannot resolve
+    where = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={num_ranks}"]
+    return [sys.executable, "-m", "torch.distributed.run", *where, "-m", module, str(run_dir)]
 
 
 def stage_env(num_ranks: int, num_threads: int | None) -> dict[str, str]:

@@ -7,7 +7,8 @@ FAULTS names a folder. `plan.json` there may hold {"act", "call", "delay_s"}:
 * full: from that call on, a write finds no space.
 * slow: every call takes `delay_s` longer.
 
-`drawn.jsonl` gets a line per batch that rank 0 draws: {"pid", "cursor", "documents"}.
+`drawn.jsonl` gets a line per batch that rank 0 draws: {"pid", "cursor", "documents"}; `saves.jsonl`
+one when a save is asked for and one when it is complete: {"pid", "step", "is_complete"}.
 """
 
 import errno
@@ -19,6 +20,8 @@ from pathlib import Path
 from time import sleep
 from typing import Any
 
+from nanochat.checkpoint import Checkpointer
+from nanochat.checkpoint_dir import CheckpointDir, Manifest
 from nanochat.data import Loader, StepBatch
 from nanochat.storage import Storage
 
@@ -31,6 +34,7 @@ def install() -> None:
         return
     folder = Path(os.environ["FAULTS"])
     _record_documents(folder / "drawn.jsonl")
+    _record_saves(folder / "saves.jsonl")
     plan_file = folder / "plan.json"
     if plan_file.exists():
         faults = _Faults(folder, json.loads(plan_file.read_text()))
@@ -75,3 +79,23 @@ def _record_documents(path: Path) -> None:
         return batch
 
     Loader.__next__ = drawn  # type: ignore[method-assign]
+
+
+def _record_saves(path: Path) -> None:
+    save, commit = Checkpointer.save, CheckpointDir.commit
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def note(step: int, is_complete: bool) -> None:
+        line = {"pid": os.getpid(), "step": step, "is_complete": is_complete}
+        os.write(fd, (json.dumps(line) + "\n").encode())
+
+    def asked(checkpointer: Checkpointer, step: int, *args: Any, **options: Any) -> None:
+        note(step, False)
+        save(checkpointer, step, *args, **options)
+
+    def complete(folder: CheckpointDir, manifest: Manifest) -> None:
+        commit(folder, manifest)
+        note(manifest.step, True)
+
+    Checkpointer.save = asked  # type: ignore[method-assign]
+    CheckpointDir.commit = complete  # type: ignore[method-assign]

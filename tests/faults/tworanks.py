@@ -132,6 +132,16 @@ class FaultyRun:
             by_pid.setdefault(line["pid"], []).append(line)
         return list(by_pid.values())
 
+    def save_in_flight(self) -> int | None:
+        """Step of the oldest save that the last process to ask for any has not completed."""
+        if not (self.folder / "saves.jsonl").exists():
+            return None
+        lines = list(read_jsonl(self.folder / "saves.jsonl"))
+        last = [line for line in lines if line["pid"] == lines[-1]["pid"]]
+        complete = [line["step"] for line in last if line["is_complete"]]
+        asked = [line["step"] for line in last if not line["is_complete"]]
+        return min((step for step in asked if step not in complete), default=None)
+
     def is_alive(self) -> bool:
         """Whether any process of the run is left."""
         return any(str(self.run.path) in " ".join(_command(p)) for p in psutil.process_iter())
