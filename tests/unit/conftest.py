@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 from tiny_run import make_char_run, make_run
 
 from nanochat.rundir import RunDir
@@ -24,3 +25,12 @@ def char_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """`status` and `stop` ask no Docker engine of this machine, whatever runs there."""
     monkeypatch.setenv("DOCKER_HOST", "unix:///none/docker.sock")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny tensors; a second thread would only wait for its turn."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -27,6 +27,9 @@ VOCAB = 32
 NUM_DOCUMENTS = 97
 CONFIG = GPTConfig(n_layer=1, n_head=2, n_kv_head=2, n_embd=16, seq_len=16, vocab_size=VOCAB)
 
+Poison = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(inputs, loss) of a forward pass -> the loss that the training sees."""
+
 
 def make_spec(**base_train: Any) -> RunSpec:
     """Four rows of 16 tokens per step; `base_train` are fields of that section."""
@@ -71,7 +74,7 @@ class Trainee:
         dtype: torch.dtype = torch.float32,
         is_sharded: bool = False,
         dropout: float = 0.0,
-        poison: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        poison: Poison | None = None,
         storage: Storage | None = None,
     ) -> None:
         self.run, self.spec, self.dist = run, spec, dist or Dist()
@@ -180,3 +183,12 @@ def batch_inputs(number: int, rows: int = 4) -> torch.Tensor:
         for _ in range(number):
             batch = next(loader)
     return batch.inputs
+
+
+def latest(run: RunDir) -> int:
+    """Step of the newest checkpoint."""
+    return int((run.checkpoints_dir(STAGE) / "latest").read_text().removeprefix("step_"))
+
+
+def steps_logged(run: RunDir) -> list[dict[str, Any]]:
+    return [m for m in run.metrics() if "loss" in m]
