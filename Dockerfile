@@ -178,6 +178,8 @@ COPY . /build/
 WORKDIR /build
 USER 1000:0
 ENV HOME=/tmp HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis
+# Tests count processes: as PID 1, pytest would have those that nobody else waits for.
+ENTRYPOINT ["/usr/bin/tini", "--"]
 CMD ["python", "-m", "pytest", "-p", "no:cacheprovider", "-m", "not long", "tests/unit"]
 
 # ---------------------------------------------------------------------------------------------

@@ -102,7 +102,8 @@ def test_tensorboard_ends_with_the_run(supervise: Supervise) -> None:
     code, run = supervise(ALL_DONE, spec)
     assert code == 0
     assert run.log_file("tensorboard").exists(), "it was started"
-    assert psutil.Process().children(recursive=True) == []
+    left = psutil.Process().children(recursive=True)
+    assert [p for p in left if p.status() != psutil.STATUS_ZOMBIE] == []
 
 
 @pytest.mark.parametrize("code", [70, 77, 78, 1])
