@@ -1,7 +1,8 @@
 """What several unit tests share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
 import torch
 from tiny_run import make_char_run, make_run
@@ -34,3 +35,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def new_children() -> Callable[[], list[psutil.Process]]:
+    """Living processes below this one that the test has started; other tests keep theirs."""
+    before = set(psutil.Process().children(recursive=True))
+
+    def living() -> list[psutil.Process]:
+        found = set(psutil.Process().children(recursive=True)) - before
+        return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+    return living

@@ -16,6 +16,7 @@ from nanochat.rundir import RunDir
 from nanochat.spec import Runtime
 from nanochat.trackers import TensorBoardSink
 
+Children = Callable[[], list[psutil.Process]]
 WAITS = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.pause()"
 
 
@@ -39,13 +40,9 @@ def wait_for(happened: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def children() -> list[psutil.Process]:
-    """Servers of this process that live."""
-    found = psutil.Process().children(recursive=True)
-    return [p for p in found if p.status() != psutil.STATUS_ZOMBIE]
-
-
-def test_it_serves_the_files_of_the_run_on_loopback_until_the_run_ends(run: RunDir) -> None:
+def test_it_serves_the_files_of_the_run_on_loopback_until_the_run_ends(
+    run: RunDir, new_children: Children
+) -> None:
     sink = TensorBoardSink(run.tensorboard_dir / "base_train", 0)
     sink.scalars(1, {"loss": 2.0})
     sink.close()
@@ -62,11 +59,11 @@ def test_it_serves_the_files_of_the_run_on_loopback_until_the_run_ends(run: RunD
             return b""
 
     wait_for(lambda: b"base_train" in runs())
-    listening = [c for p in children() for c in p.net_connections() if c.status == "LISTEN"]
+    listening = [c for p in new_children() for c in p.net_connections() if c.status == "LISTEN"]
     assert {c.laddr.ip for c in listening} <= {"127.0.0.1", "::1"}
     board.watch()
     board.close()
-    assert children() == [] and said == []
+    assert new_children() == [] and said == []
 
 
 @pytest.mark.parametrize(
@@ -92,10 +89,10 @@ def test_one_that_cannot_start_is_one_warning(run: RunDir, command: list[str], w
     assert len(said) == 1 and why in said[0] and "the run goes on" in said[0]
 
 
-def test_one_that_does_not_end_is_killed(run: RunDir) -> None:
+def test_one_that_does_not_end_is_killed(run: RunDir, new_children: Children) -> None:
     board = Board(Runtime(tensorboard_port=6006), run, print, [sys.executable, "-c", WAITS])
     board.start()
-    (child,) = children()
+    (child,) = new_children()
     wait_for(lambda: child.status() == psutil.STATUS_SLEEPING)
     begun = time.monotonic()
     board.close()
@@ -103,16 +100,16 @@ def test_one_that_does_not_end_is_killed(run: RunDir) -> None:
     assert not psutil.pid_exists(child.pid)
 
 
-def test_it_stands_behind_the_run(run: RunDir) -> None:
+def test_it_stands_behind_the_run(run: RunDir, new_children: Children) -> None:
     board = Board(Runtime(tensorboard_port=6006), run, print, [sys.executable, "-c", WAITS])
     board.start()
-    (child,) = children()
+    (child,) = new_children()
     wait_for(lambda: child.nice() > os.nice(0) or sys.platform != "linux")
     board.close()
 
 
-def test_without_a_port_there_is_none(run: RunDir) -> None:
+def test_without_a_port_there_is_none(run: RunDir, new_children: Children) -> None:
     board = Board(Runtime(), run, print)
     board.start()
-    assert children() == []
+    assert new_children() == []
     board.close()

@@ -97,13 +97,14 @@ def test_every_stage_once_and_skipped_when_done(supervise: Supervise) -> None:
     assert code == 0 and len(acts(run)) == 3
 
 
-def test_tensorboard_ends_with_the_run(supervise: Supervise) -> None:
+def test_tensorboard_ends_with_the_run(
+    supervise: Supervise, new_children: Callable[[], list[psutil.Process]]
+) -> None:
     spec = make_spec(runtime={"tensorboard_port": 6006, "hang_s": 0.5})
     code, run = supervise(ALL_DONE, spec)
     assert code == 0
     assert run.log_file("tensorboard").exists(), "it was started"
-    left = psutil.Process().children(recursive=True)
-    assert [p for p in left if p.status() != psutil.STATUS_ZOMBIE] == []
+    assert new_children() == []
 
 
 @pytest.mark.parametrize("code", [70, 77, 78, 1])
