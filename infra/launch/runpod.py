@@ -17,7 +17,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from infra import reap
 from infra.hardware import GPUS
@@ -43,8 +43,6 @@ BOOT_DEADLINE_S = 900.0
 """Image pull, start and node check; the image is some 6 GB."""
 MAX_PODS = 3
 """Pods of one launch that may fail their start before a person has to look."""
-TOO_DEAR = "costs"
-"""How the trouble begins with a pod that another one of its rung would have too."""
 PRICE_MARGIN = 1.15
 """A rung that costs more than this times its plan is left out."""
 POLL_S = 5.0
@@ -215,6 +213,14 @@ def pod_usd(job: Job, usd_before: float, usd_per_hour: float) -> float | None:
     return max(0.0, min(bounds) - usd_before) if bounds else None
 
 
+class Trouble(NamedTuple):
+    """Why a pod was not taken."""
+
+    text: str
+    is_of_rung: bool = False
+    """Whether another pod of its rung would have it too."""
+
+
 class Launcher:
     """Asks RunPod for pods; the SDK, the API and the way in are given, so that tests need none."""
 
@@ -260,9 +266,9 @@ class Launcher:
                 self._say(f"pod {pod_id} runs {name}; nanochat status {name}, nanochat stop {name}")
                 return 0 if options.detach else self.follow(name, pod_id)
             self.end(name, pod_id)
-            failed.append(f"{where}: pod {pod_id} {trouble}")
+            failed.append(f"{where}: pod {pod_id} {trouble.text}")
             self._say(failed[-1])
-            if not trouble.startswith(TOO_DEAR):
+            if not trouble.is_of_rung:
                 left.append((job, rung))
         raise LaunchError(
             f"no pod for {name}:\n  " + "\n  ".join(failed) + "\nTry later, or give more offers: "
@@ -305,7 +311,7 @@ class Launcher:
         )
         return pod_id
 
-    def wait_until_fit(self, name: str, pod_id: str, rung: Rung) -> str | None:
+    def wait_until_fit(self, name: str, pod_id: str, rung: Rung) -> Trouble | None:
         """None once the pod is up, fit and not dearer than its ceiling; else what is wrong."""
         deadline = time.monotonic() + self.boot_deadline_s
         while time.monotonic() < deadline:
@@ -313,17 +319,18 @@ class Launcher:
             if pod is not None:
                 if pod.usd_per_hour > rung.ceiling_usd_per_hour > 0.0:
                     ceiling = rung.ceiling_usd_per_hour
-                    return f"{TOO_DEAR} ${pod.usd_per_hour:.2f}/h, more than ${ceiling:.2f}/h"
+                    text = f"costs ${pod.usd_per_hour:.2f}/h, more than ${ceiling:.2f}/h"
+                    return Trouble(text, is_of_rung=True)
                 if pod.status != "RUNNING":
-                    return f"is {pod.status}"
+                    return Trouble(f"is {pod.status}")
                 state = self.state_of(pod)
                 if state.get("phase") in ("run", "ended"):
                     unfit = state.get("exit_code") == EXIT_UNFIT_NODE
-                    return "failed its node check" if unfit else None
+                    return Trouble("failed its node check") if unfit else None
             elif self.is_gone(pod_id):
-                return "is gone"
+                return Trouble("is gone")
             time.sleep(POLL_S)
-        return f"was not up within {self.boot_deadline_s:.0f} s"
+        return Trouble(f"was not up within {self.boot_deadline_s:.0f} s")
 
     def follow(self, name: str, pod_id: str) -> int:
         """Copy the run's log until it ends; its exit code. Ctrl-C leaves the run going."""
