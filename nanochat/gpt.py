@@ -150,9 +150,10 @@ class GPT(nn.Module):
         [B, T, vocab_size] ([B, 1 or K, vocab_size] with logit_positions).
         """
         n_rows, n_tokens = idx.shape
+        compiled = self.compiled_by_block or torch.compiler.is_compiling()
         if kv_cache is None:
             cos, sin = self.cos[None, :n_tokens, None], self.sin[None, :n_tokens, None]
-            mask = None if doc_ids is None else document_mask(doc_ids, self.compiled_by_block)
+            mask = None if doc_ids is None else document_mask(doc_ids, compiled)
         else:
             assert doc_ids is None and targets is None, "a KV cache is for generation"
             positions, mask = kv_cache.begin(n_tokens)
@@ -171,7 +172,6 @@ class GPT(nn.Module):
             kv_cache.finish(n_tokens)
 
         if targets is not None:
-            compiled = self.compiled_by_block or torch.compiler.is_compiling()
             x, targets = x.flatten(0, 1), targets.flatten()
             loss = head_loss(x, self.lm_head.weight, targets, reduction, compiled=compiled)
             return loss.view(n_rows, n_tokens) if reduction == "none" else loss
@@ -251,13 +251,13 @@ def shard_model(
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def document_mask(doc_ids: Tensor, compiled_by_block: bool = False) -> Tensor | BlockMask:
+def document_mask(doc_ids: Tensor, is_compiled: bool = False) -> Tensor | BlockMask:
     """Causal attention inside documents: doc_ids [B, T] -> a mask for Attention.
 
     A compiled model on a GPU skips whole blocks of other documents (flex_attention); elsewhere the
     mask is dense, [B, 1, T, T] of bool, made once per forward pass.
     """
-    if skips_blocks(doc_ids.device, compiled_by_block or torch.compiler.is_compiling()):
+    if skips_blocks(doc_ids.device, is_compiled):
         return _document_block_mask(doc_ids)
     same = doc_ids[:, None, :, None] == doc_ids[:, None, None, :]
     return same.tril()

@@ -215,8 +215,6 @@ class Entry:
     reference: StorageWeakRef
     share: float
     """Of its bytes, what a GPU would hold."""
-    of_tokens: bool
-    """Whether it was computed from the step's tokens and holds something for each of them."""
 
     @property
     def is_alive(self) -> bool:
@@ -243,6 +241,7 @@ class Book(TorchDispatchMode):
         self.peak_of_tokens = 0.0
         self._live: dict[int, Entry] = {}
         self._of_tokens: set[int] = set()
+        """Keys of what was computed from the step's tokens and holds something for each of them."""
         self._calls = 0
 
     def __torch_dispatch__(
@@ -278,8 +277,8 @@ class Book(TorchDispatchMode):
         """The first argument that holds something per token."""
         for leaf in args:
             if type(leaf) is FakeTensor:
-                entry = self._live.get(leaf.untyped_storage()._cdata)
-                if entry is not None and entry.of_tokens and entry.is_alive:
+                key = leaf.untyped_storage()._cdata
+                if key in self._of_tokens and self._live[key].is_alive:
                     return leaf
             elif isinstance(leaf, list | tuple) and leaf and isinstance(leaf[0], Tensor):
                 found = self._tokens_among(tuple(leaf[:4]))
@@ -305,7 +304,7 @@ class Book(TorchDispatchMode):
 
     def _book(self, storage: torch.UntypedStorage, share: float, of_tokens: bool) -> None:
         key = storage._cdata
-        self._live[key] = Entry(StorageWeakRef(storage), share, of_tokens)
+        self._live[key] = Entry(StorageWeakRef(storage), share)
         (self._of_tokens.add if of_tokens else self._of_tokens.discard)(key)
 
     def look(self) -> float:

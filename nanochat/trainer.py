@@ -23,13 +23,7 @@ from typing import Any
 
 import torch
 
-from nanochat.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    LoadedCheckpoint,
-    rng_state,
-    set_rng_state,
-)
+from nanochat.checkpoint import Checkpointer, LoadedCheckpoint, rng_state, set_rng_state
 from nanochat.data import Loader, StepBatch
 from nanochat.distributed import Dist, seed_rank
 from nanochat.gpt import GPT
@@ -172,11 +166,9 @@ def fit(
     def note_failed_save() -> None:
         """Wait for the save under way; if it failed, say so, and let another be due soon."""
         nonlocal saved_s, saved_step
-        failure = checkpointer.take_failure()
-        if failure is not None:
-            again_s = min(SAVE_AGAIN_S, checkpoint_every_s)
-            saved_step, saved_s = None, time.monotonic() - checkpoint_every_s + again_s
-            metrics.log_event("save_failed", failed_save(failure, again_s))
+        since_s = after_failed_save(checkpointer, metrics, checkpoint_every_s)
+        if since_s is not None:
+            saved_step, saved_s = None, since_s
 
     def load() -> LoadedCheckpoint | None:
         """Back to the newest good checkpoint; the stream continues behind its last batch."""
@@ -491,12 +483,22 @@ def is_stop_urgent(run: RunDir) -> bool:
     return request is not None and request.reason is not StopReason.BUDGET
 
 
-def failed_save(failure: CheckpointError, again_s: float) -> str:
-    """The event of a save that has failed in the background."""
-    return (
+def after_failed_save(checkpointer: Checkpointer, metrics: Metrics, every_s: float) -> float | None:
+    """Wait for the save under way; None where it did not fail. Else the event is logged.
+
+    every_s: from a save to the next. Returns when the last save would have had to be, on
+    time.monotonic(), for the next one to be due in SAVE_AGAIN_S.
+    """
+    failure = checkpointer.take_failure()
+    if failure is None:
+        return None
+    again_s = min(SAVE_AGAIN_S, every_s)
+    metrics.log_event(
+        "save_failed",
         f"a save has failed; the training goes on, saves again in {again_s:.0f} s, and ends if "
-        f"that fails too: {failure}"
+        f"that fails too: {failure}",
     )
+    return time.monotonic() - every_s + again_s
 
 
 def can_save_in_time(run: RunDir, checkpointer: Checkpointer) -> bool:

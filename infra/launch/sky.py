@@ -93,9 +93,8 @@ def fill(job: Job, options: SkyOptions) -> dict[str, Any]:
     task["envs"] = {**(task.get("envs") or {}), "ARGS": shlex.join(job.overrides)}
     if any(o.startswith(DATA_PATH) for o in job.overrides):
         # the text is elsewhere than where the task's command says: it is not sent along
-        sent = next((w for w in shlex.split(task["run"]) if w.startswith(DATA_PATH)), "")
         mounts = task.pop("file_mounts", {})
-        mounts.pop(sent.removeprefix(DATA_PATH).strip('"'), None)
+        mounts.pop(_text_of_command(task), None)
         task |= {"file_mounts": mounts} if mounts else {}
     if any(shlex.quote(o) != o for o in job.overrides):
         # the shell splits an unquoted $ARGS at blanks and keeps quotes: they stand in the command
@@ -137,9 +136,14 @@ def check_reachable(job: Job, task: dict[str, Any]) -> None:
 
 def data_path(job: Job, task: dict[str, Any]) -> str | None:
     """data.path as the run reads it: the user's word, else that of the task's command."""
-    said = [*shlex.split(task["run"]), *job.overrides]
-    paths = [word.removeprefix(DATA_PATH) for word in said if word.startswith(DATA_PATH)]
-    return str(tomllib.loads(f"x = {paths[-1]}")["x"]) if paths else job.spec.data.path
+    is_own = any(o.startswith(DATA_PATH) for o in job.overrides)
+    return (None if is_own else _text_of_command(task)) or job.spec.data.path
+
+
+def _text_of_command(task: dict[str, Any]) -> str | None:
+    """The data.path that a task's command gives."""
+    words = [w for w in shlex.split(task["run"]) if w.startswith(DATA_PATH)]
+    return str(tomllib.loads(f"x = {words[-1].removeprefix(DATA_PATH)}")["x"]) if words else None
 
 
 def volume_gb(job: Job, options: SkyOptions) -> float | None:

@@ -27,7 +27,7 @@ from nanochat.scaling import checkpoint_bytes
 from nanochat.spec import TRAIN_STAGES, ChatRl, SpecError
 from nanochat.stage import StageFailed, run_stage
 from nanochat.tasks import Task, make_task
-from nanochat.trainer import SAVE_AGAIN_S, can_save_in_time, failed_save, peak_memory_gib
+from nanochat.trainer import after_failed_save, can_save_in_time, peak_memory_gib
 
 STAGE = "chat_rl"
 ROLLOUTS_AT_ONCE = 8
@@ -98,12 +98,9 @@ def _fit(p: Prepared) -> Outcome:
     def note_failed_save() -> None:
         """Wait for the save under way; if it failed, say so, and let another be due soon."""
         nonlocal saved_s, saved_step
-        failure = p.checkpointer.take_failure()
-        if failure is not None:
-            every_s = spec.budget.checkpoint_every_s
-            again_s = min(SAVE_AGAIN_S, every_s)
-            saved_step, saved_s = None, time.monotonic() - every_s + again_s
-            metrics.log_event("save_failed", failed_save(failure, again_s))
+        since_s = after_failed_save(p.checkpointer, metrics, spec.budget.checkpoint_every_s)
+        if since_s is not None:
+            saved_step, saved_s = None, since_s
 
     def state() -> dict[str, Any]:
         return {"model": p.model.state_dict(), "optimizer": p.optimizer.state_dict()}

@@ -15,6 +15,7 @@ from infra.board import Board
 from nanochat.rundir import RunDir
 from nanochat.spec import Runtime
 from nanochat.trackers import TensorBoardSink
+from tests.toyrun import wait_for
 
 Children = Callable[[], list[psutil.Process]]
 WAITS = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.pause()"
@@ -31,13 +32,6 @@ def run(tmp_path: Path) -> RunDir:
     made = RunDir(tmp_path / "run")
     made.create()
     return made
-
-
-def wait_for(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30.0
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_it_serves_the_files_of_the_run_on_loopback_until_the_run_ends(

@@ -92,7 +92,7 @@ def test_it_saves_before_it_looks_and_not_again_when_it_goes_on(
 def test_a_save_that_fails_is_told_and_made_again(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat_rl, "SAVE_AGAIN_S", 0.0)
+    monkeypatch.setattr("nanochat.trainer.SAVE_AGAIN_S", 0.0)
     open_new = Storage.open_new
 
     def failing(storage: Storage, path: Path) -> int:
