@@ -41,15 +41,18 @@ def launch_runpod(args: argparse.Namespace, spec: RunSpec, path: Path) -> int | 
         detach=args.detach,
         secrets=present_secrets(os.environ),
     )
-    jobs = _jobs(args, spec, path)
-    for job in jobs:
+    for job in _jobs(args, spec, path)[0]:  # before the account is asked, which knows the volume
         check_data(job, job.spec.data.path, options.volume is not None)
-    if args.dry_run:
-        volumes = _volumes(options)
-        return runpod.render(_jobs(args, spec, path, _free_gib(options, volumes)), options, volumes)
-    options = replace(options, image=check_image(options.image))
-    launcher = runpod_pod.open_launcher()
-    jobs = _jobs(args, spec, path, _free_gib(options, launcher.volumes))
+    launcher = None
+    if not args.dry_run:
+        options = replace(options, image=check_image(options.image))
+        launcher = runpod_pod.open_launcher()
+    volumes = _volumes(options) if launcher is None else launcher.volumes
+    jobs, refused = _jobs(args, spec, path, _free_gib(options, volumes))
+    for reason in refused:
+        sys.stderr.write(f"left out: {reason}\n")
+    if launcher is None:
+        return runpod.render(jobs, options, volumes)
     return launcher.submit(jobs, options)
 
 
@@ -63,8 +66,11 @@ def _free_gib(options: runpod.RunPodOptions, volumes: Sequence[runpod.Volume]) -
 
 def _jobs(
     args: argparse.Namespace, spec: RunSpec, path: Path, free_gib: float | None = None
-) -> list[Job]:
-    """The run, planned on each offer; those on which it cannot work are left out."""
+) -> tuple[list[Job], list[str]]:
+    """The run, planned on each offer that can do it, and why the others cannot.
+
+    Raises LaunchError where none can.
+    """
     offers = list(filter(None, (args.offers or "").split(","))) or [spec.offer]
     jobs, refused = [], []
     for offer in offers:
@@ -79,11 +85,9 @@ def _jobs(
             jobs.append(job)
         else:
             refused.append(f"{offer}: {refusal}")
-    for reason in refused if jobs else ():
-        sys.stderr.write(f"left out: {reason}\n")
     if not jobs:
         raise LaunchError("no offer can do it:\n  " + "\n  ".join(refused))
-    return jobs
+    return jobs, refused
 
 
 def _planned(

@@ -1,132 +1,54 @@
-"""The unmodified SkyPilot against RunPod in a box, whose pods are containers of our image.
+"""The unmodified SkyPilot against RunPod in a box, whose pods are containers of our image."""
 
-SkyPilot's API server has a HOME of its own, is started and stopped by SkyPilot's own commands, and
-asks for nothing but the emulated hosts.
-"""
-
+import contextlib
+import http.client
 import json
-import shutil
-import subprocess
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from tests.twin.engine import ROOT, Engine, wait_until
-from tests.twin.runpod.account import Fault, Pod
-from tests.twin.runpod.cloud import Cloud
+from tests.twin.runpod.account import Fault
 from tests.twin.runpod.metrics import assert_equal, results
-from tests.twin.runpod.venv import cloud_bin
+from tests.twin.runpod.skypilot import (
+    COMMAND_S,
+    D20_TOY,
+    HOME,
+    IMAGE,
+    SIZE,
+    TOY,
+    Client,
+    skypilot,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 
-HOME = "/workspace/nanochat"
-IMAGE = ("--image", "registry.example/nanochat:0")
-"""The name alone counts: whatever is asked for, the emulated pods are of the image under test."""
-COMMAND_S = 1500.0
-"""Ceiling of one command on a machine that others use too; a launch takes about a minute."""
-SIZE = (
-    "runtime.num_threads=1 model.depth=2 model.aspect_ratio=32 model.head_dim=32 model.seq_len=64 "
-    "model.vocab_size=512 tok_train.max_chars=200000 budget.checkpoint_every_s=1.0 "
-    "base_train.total_batch_size=1024 base_train.eval_tokens=4096 base_train.eval_every_steps=50 "
-    "mid_train.total_batch_size=1024 mid_train.eval_tokens=4096 "
-    "chat_sft.total_batch_size=1024 chat_sft.eval_tokens=4096 "
-    "chat_rl.num_steps=2 chat_rl.prompts_per_step=2 chat_rl.samples_per_prompt=2 "
-    "chat_rl.max_tokens=8 chat_rl.eval_examples=4 evaluate.max_examples=4 evaluate.max_tokens=8"
+D64_TOY = (
+    'offer="cpu" runtime.device="cpu" runtime.compile=false runtime.num_threads=1 model.depth=2 '
+    "model.aspect_ratio=32 model.head_dim=32 model.seq_len=64 base_train.total_batch_size=1024 "
+    "base_train.eval_tokens=4096 base_train.eval_every_steps=50 checkpoint.free_floor_gib=0.05 "
+    "budget.checkpoint_every_s=1.0"
 )
-TOY = f"{SIZE} base_train.num_steps=300 mid_train.num_steps=4 chat_sft.num_steps=4"
-D20_TOY = (
-    f'{SIZE} offer="cpu" runtime.device="cpu" runtime.compile=false data.source="embedded" '
-    "base_train.tokens_per_param=2.0 checkpoint.free_floor_gib=0.05 "
-    "mid_train.mixture={spelling=30,identity=6} chat_sft.mixture={spelling=30,identity=6} "
-    'chat_rl.task="spelling" evaluate.tasks=["spelling"]'
-)
-"""d20 on the CPU that a pod here has, from the text and the tasks that are in the image."""
+"""Of d64's own stay the text, its characters, the sharding and the budget as horizon."""
+NEVER_UP_S = 150.0
+IMPATIENT = f"""
+import sys
+from infra.launch import sky
+import entrypoint
+sky.LAUNCH_LIMIT_S = {NEVER_UP_S}
+sys.exit(entrypoint.main())
+"""
+"""`nanochat` that waits so long for a cluster, not forty minutes."""
 BROKEN = "ln -sf /bin/false /root/.local/bin/uv; ln -sf /bin/false /usr/bin/curl"
-
-
-class Client:
-    """The command line of make cloud-venv in a HOME of its own."""
-
-    def __init__(self, cloud: Cloud, home: Path) -> None:
-        self.cloud = cloud
-        self.account = cloud.account
-        self.env = cloud.client_env(home)
-        self.env["PATH"] = f"{cloud_bin()}:{self.env['PATH']}"
-
-    def __call__(self, *command: str, timeout_s: float = COMMAND_S) -> tuple[int, str]:
-        """(exit code, output) of a command."""
-        done = subprocess.run(
-            command,
-            env=self.env,
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=timeout_s,
-        )
-        return done.returncode, done.stdout
-
-    def start(self) -> None:
-        """Start the API server; on a loaded machine it takes longer than SkyPilot waits."""
-        for _ in range(5):
-            code, said = self("sky", "check", "runpod")
-            if code == 0 and "RunPod: enabled" in said:
-                return
-        pytest.fail(f"SkyPilot does not start: {said}")
-
-    def pod(self) -> Pod:
-        """The one pod that is billed."""
-        (pod,) = self.account.alive()
-        return pod
-
-    def in_pod(self, *command: str) -> str:
-        """What a command prints in it; nothing where there is no pod or it fails."""
-        for pod in self.account.alive():
-            if pod.container is not None:
-                return self.cloud.engine.run(pod.container, *command)
-        return ""
-
-    def status(self, run: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.in_pod("cat", f"{HOME}/runs/{run}/status.json"))
-        return found
-
-    def autostop(self, cluster: str) -> tuple[int, bool]:
-        """(idle minutes, whether it goes down) as SkyPilot has recorded them."""
-        code, said = self("sky", "status", "-o", "json", cluster)
-        assert code == 0, said
-        (found,) = json.JSONDecoder().raw_decode(said[said.index("[\n") :])[0]
-        return found["autostop"], found["to_down"]
-
-    def on_volume(self, engine: Engine, script: str) -> str:
-        (volume,) = self.account.volumes.values()
-        return engine.shell(volume["docker"], script)
-
-    def kill_in_base_train(self, run: str) -> None:
-        """Wait for a first checkpoint, then take the pod away with all its processes."""
-        latest = f"{HOME}/runs/{run}/checkpoints/base_train/latest"
-        wait_until(lambda: "step_" in self.in_pod("cat", latest), COMMAND_S, "a first checkpoint")
-        self.account.preempt(self.pod().id)
-        assert self.account.alive() == []
 
 
 @pytest.fixture(scope="module")
 def client(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    cloud_bin()
-    for tool in ("rsync", "ssh", "openssl"):
-        assert shutil.which(tool), f"{tool} is not installed; .ci/run does"
-    home = tmp_path_factory.mktemp("sky")
-    with Cloud(image) as cloud:
-        made = Client(cloud, home)
-        try:
-            made.start()
-            code, said = made("sky", "volumes", "apply", "-y", "sky/volume.yaml")
-            assert code == 0, said
-            yield made
-        finally:
-            made("sky", "api", "stop")
+    with skypilot(image, tmp_path_factory.mktemp("sky")) as made:
+        yield made
 
 
 def check_resume(client: Client, engine: Engine, run: str, task: str, toy: str) -> None:
@@ -260,3 +182,119 @@ def test_no_capacity_falls_through_to_the_next_rung(client: Client) -> None:
     assert asked[-2:] == ["NVIDIA H100 80GB HBM3", "NVIDIA H200"], said
     client("sky", "down", "-y", "ladder")
     assert account.alive() == []
+
+
+@pytest.mark.long
+def test_a_launch_that_never_returns_is_given_up(client: Client) -> None:
+    """SkyPilot waits without a limit for a pod that never opens its port."""
+    account = client.account
+    account.boot_s = 1e6
+    try:
+        code, said = client(
+            *("python", "-c", IMPATIENT, "launch", "@configs/smoke.toml", "--to", "sky", *IMAGE),
+            *("--detach", 'name="never"'),
+        )
+    finally:
+        account.boot_s = 0.0
+    assert code == 77, said
+    assert f"not up within {NEVER_UP_S:.0f} s" in said and "torn down" in said, said
+    assert account.alive() == []
+    code, said = client("nanochat", "reap")
+    assert code == 0 and "no pod" in said, said
+
+
+@pytest.mark.long
+def test_a_private_image_is_pulled_with_a_login_that_is_removed(
+    client: Client, engine: Engine
+) -> None:
+    """As docs/cloud.md types it; the password is nowhere but in the call to the provider."""
+    account, password = client.account, "ghp_of_this_test"
+    login = {"USERNAME": "acme", "PASSWORD": password, "SERVER": "registry.example"}
+    secrets = {f"SKYPILOT_DOCKER_{key}": value for key, value in login.items()}
+    client.env |= secrets
+    try:
+        code, said = client(
+            *("sky", "launch", "-y", "-c", "private", "sky/cpu_smoke.yaml"),
+            *("--image-id", "docker:acme/nanochat:v1", "--env", f'ARGS=name="private" {TOY}'),
+            *(word for name in secrets for word in ("--secret", name)),
+        )
+    finally:
+        for name in secrets:
+            del client.env[name]
+    assert code == 0, said
+    (login_call,) = [c["input"] for c in account.calls if c["operation"] == "saveRegistryAuth"]
+    assert (login_call["username"], login_call["password"]) == ("acme", password)
+    asked = client.pod().asked
+    assert asked["imageName"] == "registry.example/acme/nanochat:v1"
+    assert account.login_of(asked["templateId"]) == login_call["name"]
+    assert password not in said
+    assert client.on_volume(engine, f"grep -rl {password} /workspace || true").strip() == ""
+    code, said = client("sky", "down", "-y", "private")
+    assert code == 0, said
+    assert account.alive() == [] and account.logins() == []
+
+
+@pytest.mark.long
+def test_d64_by_sky_launch_sends_its_text_and_ends_by_its_hours(
+    client: Client, engine: Engine, tmp_path: Path
+) -> None:
+    """The text from the folder of the command; the budget goes on over a pod that is killed."""
+    (tmp_path / "combined_output.txt").write_text("so say we all, and all we say is so.\n" * 9000)
+    hours = "budget.max_hours=0.08"
+    launch = (
+        *("sky", "launch", "-y", "-c", "d64", str(ROOT / "sky" / "d64_1000usd.yaml")),
+        *("--env", f"ARGS={D64_TOY} {hours}"),
+    )
+    code, said = client(*launch, "-d", cwd=tmp_path)
+    assert code == 0, said
+    asked = client.pod().asked
+    assert (asked["gpuTypeId"], asked["gpuCount"]) == ("NVIDIA H100 PCIe", 8)
+    client.kill_in_base_train("d64_1000usd")
+    code, said = client(*launch, cwd=tmp_path)
+    assert code == 0, said
+    assert "base_train resumes from step_" in said
+    status = client.status("d64_1000usd")
+    assert (status["state"], status["exit_code"]) == ("SUCCEEDED", 0)
+    assert status["spent_hours"] <= 0.08
+    run = f"{HOME}/runs/d64_1000usd"
+    report = client.on_volume(engine, f"cat {run}/report.md")
+    assert "combined_output.txt" in report
+    code, said = client("sky", "down", "-y", "d64")
+    assert code == 0, said
+    assert client.account.alive() == []
+
+
+@pytest.mark.long
+def test_serve_by_sky_launch_talks_through_a_tunnel(client: Client) -> None:
+    """A run that another pod has left on the volume, on a GPU's pod of its own."""
+    code, said = client(
+        *("sky", "launch", "-y", "-c", "smoke", "sky/cpu_smoke.yaml", "--env", f"ARGS={TOY}")
+    )
+    assert code == 0, said
+    code, said = client("sky", "down", "-y", "smoke")
+    assert code == 0, said
+    serve = ("sky", "launch", "-y", "-c", "serve", "sky/serve.yaml", "--env", "RUN=smoke", "-d")
+    code, said = client(*serve)
+    assert code == 0, said
+    assert client.pod().asked["gpuTypeId"] == "NVIDIA GeForce RTX 4090"
+    with client.tunnel("serve", 8000) as port:
+
+        def answers() -> bool:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                return urllib.request.urlopen(f"http://127.0.0.1:{port}/health").status == 200
+            return False
+
+        wait_until(answers, COMMAND_S, "the web server")
+        page = urllib.request.urlopen(f"http://127.0.0.1:{port}/").read().decode()
+        assert "<title>" in page
+        asked = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+            json.dumps(asked).encode(),
+            {"Content-Type": "application/json"},
+        )
+        answer = json.loads(urllib.request.urlopen(request).read())
+        assert answer["choices"][0]["message"]["role"] == "assistant"
+    code, said = client("sky", "down", "-y", "serve")
+    assert code == 0, said
+    assert client.account.alive() == []

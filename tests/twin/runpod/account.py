@@ -130,6 +130,8 @@ class Account:
                 self._templates.pop(str(given.get("templateName")), None)
                 return None
             if operation == "deleteRegistryAuth":
+                login = given.get("registryAuthId")
+                self._auths = {n: i for n, i in self._auths.items() if i != login}
                 return None
             raise Refused(f'Cannot query field "{operation}" on type "Query".')
 
@@ -319,6 +321,16 @@ class Account:
         pod.status = "EXITED"
         if pod.container:
             self.engine.stop(pod.container)
+
+    def logins(self) -> list[str]:
+        """Names of the logins for registries that the account has now."""
+        return list(self._auths)
+
+    def login_of(self, template_id: str) -> str:
+        """Name of the login with which the image of a template is pulled."""
+        (template,) = (t for t in self._templates.values() if t["id"] == template_id)
+        names = {i: name for name, i in self._auths.items()}
+        return names[template["containerRegistryAuthId"]]
 
     def move_price(self, pod_id: str, usd_per_hour: float) -> None:
         """From now on the pod costs this."""

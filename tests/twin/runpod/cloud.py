@@ -135,6 +135,11 @@ def _handler(cloud: Cloud) -> type[BaseHTTPRequestHandler]:
             else:
                 self._answer(404, {"error": path})
 
+        def do_HEAD(self) -> None:
+            """A host of the internet, for whoever looks whether it is there."""
+            self.send_response(200)
+            self.end_headers()
+
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
             path = self.path.partition("?")[0]
