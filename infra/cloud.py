@@ -91,10 +91,17 @@ def _jobs(
 
 
 def _planned(
-    args: argparse.Namespace, path: Path, overrides: tuple[str, ...], free_gib: float | None = None
+    args: argparse.Namespace,
+    path: Path,
+    overrides: tuple[str, ...],
+    free_gib: float | None = None,
+    own: tuple[str, ...] = (),
 ) -> tuple[Job, str | None]:
-    """The run with these overrides on its spec's offer, and why the plan refuses it, or None."""
-    asked = load_spec(path, overrides)
+    """The run with these overrides on its spec's offer, and why the plan refuses it, or None.
+
+    own: overrides that stand in the command of the place already, before these.
+    """
+    asked = load_spec(path, (*own, *overrides))
     made = planner.make_plan(asked, hardware.parse_offer(asked.offer), free_gib=free_gib)
     job = Job(config=args.config[1:], overrides=overrides, spec=asked, plan=made.to_json())
     return job, "; ".join(made.reasons) if made.verdict == "refused" else None
@@ -112,13 +119,25 @@ def launch_sky(args: argparse.Namespace, spec: RunSpec, path: Path) -> int | Ren
         spot=args.spot,
         detach=args.detach,
     )
+    if args.infra and (args.spot or args.sweep):
+        raise LaunchError(
+            f"there is no network volume on {args.infra}: a machine that is taken back takes the "
+            "run and its ledger along, and the next one begins anew, with the whole budget. "
+            "--spot and --sweep are for RunPod"
+        )
+    if args.infra:
+        sys.stderr.write(
+            f"no network volume on {args.infra}: the run ends with its machine, and each launch "
+            "has the whole budget; nanochat pull brings the weights before\n"
+        )
     points = sky_sweep.points(spec, args.sweep) if args.sweep else [()]
+    own = sky.own_overrides(args.config[1:], options)
     jobs, refused = [], []
     for point in points:
         overrides = (*args.overrides, *point)
-        job, refusal = _planned(args, path, overrides)
+        job, refusal = _planned(args, path, overrides, own=own)
         if size_gb := sky.volume_gb(job, options):
-            job, refusal = _planned(args, path, overrides, size_gb * 1e9 / hardware.GIB)
+            job, refusal = _planned(args, path, overrides, size_gb * 1e9 / hardware.GIB, own)
         jobs.append(job)
         if refusal is not None:
             refused.append(f"{job.name}: {refusal}")
@@ -167,13 +186,14 @@ def reap_verb(args: argparse.Namespace) -> tuple[int, list[reap.Row]]:
     while True:
         try:
             rows = reap.reap(api, args.dry_run, max_age_h=args.max_age_h)
+            told = reap.render(rows)
         except ProviderError as e:
             if args.every is None:
                 raise LaunchError(str(e), EXIT_UNFIT_NODE) from None
-            rows = []
+            rows, told = [], f"{e}: what is billed is not known; asked again in {args.every:g} s"
         if args.every is None:
             return (1 if any(r.action == "refused" for r in rows) else EXIT_DONE), rows
-        print(reap.render(rows), flush=True)  # noqa: T201 - one block per look
+        print(told, flush=True)  # noqa: T201 - one block per look
         time.sleep(args.every)
 
 

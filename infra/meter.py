@@ -1,10 +1,12 @@
 """The price that counts: the higher of the quoted one and the one the provider bills now."""
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from infra.runpod_api import Pod, ProviderError, connect, label, this_pod
 
@@ -30,6 +32,21 @@ class Price:
     def all_usd_per_hour(self) -> float:
         """All that is billed while the run goes on: the ledger's price."""
         return self.usd_per_hour + self.storage_usd_per_hour
+
+
+def ledger_line(price: Price, event: str, now: float) -> dict[str, Any]:
+    """A line of ledger.jsonl: `start`, `heartbeat` or `stop` at a Unix time, and what is billed."""
+    return {
+        "event": event,
+        "time": now,
+        "usd_per_hour": price.all_usd_per_hour,
+        "storage_usd_per_hour": price.storage_usd_per_hour,
+        "source": price.source,
+        "host": socket.gethostname(),
+        "instance": price.instance,
+        "billed_from": price.billed_from,
+        "before_usd": price.before_usd,
+    }
 
 
 class Meter:

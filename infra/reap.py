@@ -23,6 +23,8 @@ from nanochat.rundir import append_jsonl, nanochat_home, read_jsonl
 NAME_PREFIX = "nanochat-"
 SKYPILOT_NAME = re.compile(r"-[0-9a-f]{8,}-head$")
 """CLUSTER-USERHASH-head; SkyPilot gives its pods no labels."""
+CONTROLLER_NAME = re.compile(r"^sky-(jobs|serve)-controller-")
+"""A pod in which SkyPilot manages jobs; they may be others than ours: it is named, not ended."""
 OUR_IMAGE = re.compile(r"(^|/)nanochat(:|@|$)")
 GONE_S = 900.0
 """A pod that vanished unseen counts as alive until that was noticed, or for this time at most: more
@@ -33,6 +35,10 @@ EXPECTED = "expected"
 """Event of a launch whose pods are made later, and by somebody else."""
 MAX_AGE_H = 48.0
 """Of a pod whose budget nobody here knows; the longest run of sky/*.yaml has 46 hours."""
+CONTROLLER = (
+    "SkyPilot's controller of managed jobs, which nothing ends by itself: when no job needs it, "
+    "end it with sky down and its name in `sky status`, or in the console"
+)
 ATTEMPTS = 4
 RETRY_S = 3.0
 
@@ -181,6 +187,9 @@ def reap(
     _adopt(pods, file or launches_file())
     remembered = _lives(read_jsonl(file or launches_file()))
     for pod in pods:
+        if CONTROLLER_NAME.match(pod.name):
+            usd = round(cost_of(pod, time.time()), 4)
+            rows.append(Row(pod.id, pod.name, pod.status, usd, None, "kept", CONTROLLER))
         if not (is_ours(pod) or pod.id in remembered):
             continue
         life = remembered.get(pod.id)

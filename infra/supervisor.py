@@ -20,7 +20,7 @@ from infra import budget
 from infra.board import Board
 from infra.console import Console
 from infra.horizon import StageClock
-from infra.meter import Price
+from infra.meter import Price, ledger_line
 from infra.notices import Notices
 from infra.pointer import point_to
 from infra.processes import STOP_SIGNALS, StageProcess, stage_command, stage_env
@@ -136,7 +136,7 @@ class Supervisor:
             self._tell_end(exit_code, message)
             with contextlib.suppress(OSError):  # a volume that is gone or full has been told of
                 self._ledger("stop")
-                self._write_status(_state_of(exit_code), exit_code, message)
+                self._write_status(state_of(exit_code), exit_code, message)
                 run.clear_stop()
             return exit_code
         except LeaseLost as e:
@@ -300,7 +300,7 @@ class Supervisor:
         )
 
     def _left_s(self, now: float) -> float | None:
-        lived = self._record("heartbeat", now)  # also where it could not be written
+        lived = ledger_line(self.price, "heartbeat", now)  # also where it could not be written
         records = [*read_jsonl(self.run_dir.ledger_file), lived]
         left_s = budget.time_left_s(self.spec.budget, records, now)
         if left_s is None or self.price.instance is None:
@@ -368,20 +368,8 @@ class Supervisor:
     # -- files
 
     def _ledger(self, event: str) -> None:
-        append_jsonl(self.run_dir.ledger_file, self._record(event, time.time()), durable=True)
-
-    def _record(self, event: str, now: float) -> dict[str, Any]:
-        return {
-            "event": event,
-            "time": now,
-            "usd_per_hour": self.price.all_usd_per_hour,
-            "storage_usd_per_hour": self.price.storage_usd_per_hour,
-            "source": self.price.source,
-            "host": socket.gethostname(),
-            "instance": self.price.instance,
-            "billed_from": self.price.billed_from,
-            "before_usd": self.price.before_usd,
-        }
+        line = ledger_line(self.price, event, time.time())
+        append_jsonl(self.run_dir.ledger_file, line, durable=True)
 
     def _if_there_is_space(self, write: Callable[[], None]) -> None:
         """Small files wait for space; whether the run can go on is up to the next checkpoint."""
@@ -520,7 +508,8 @@ def _ended_by(outcome: Outcome, run: RunDir) -> RunEnded:
     return RunEnded(code, f"{outcome.stage} failed: {outcome.message}{log}")
 
 
-def _state_of(exit_code: int) -> JobStatus:
+def state_of(exit_code: int) -> JobStatus:
+    """What a run that has ended with an exit code of the contract is."""
     if exit_code == EXIT_DONE:
         return JobStatus.SUCCEEDED
     return JobStatus.STOPPED if exit_code in (EXIT_STOPPED, EXIT_BUDGET) else JobStatus.FAILED

@@ -4,6 +4,7 @@ Facts go to stdout (one JSON document with --json), progress and errors to stder
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -18,25 +19,29 @@ from typing import Any, NoReturn
 
 from infra import cloud, hardware, nodes, planner, preflight
 from infra import reap as reaping
+from infra.budget import time_left_s
 from infra.console import Console, render_status
 from infra.guard import start_guard
 from infra.launch import docker, slurm
 from infra.launch.base import Job, LaunchError, Rendered, present_secrets
-from infra.meter import Price, meter_of_this_pod
+from infra.meter import Price, ledger_line, meter_of_this_pod
 from infra.pointer import current_run
 from infra.privileges import lost_with_container
 from infra.processes import python_path
-from infra.supervisor import Supervisor
+from infra.supervisor import Supervisor, state_of
 from nanochat.offline import install_guard
 from nanochat.rundir import (
+    EXIT_BUDGET,
     EXIT_DONE,
     EXIT_SPEC,
     RunDir,
     RunDirError,
     StopReason,
+    append_jsonl,
     find_run,
     is_same_machine,
     nanochat_home,
+    read_jsonl,
 )
 from nanochat.spec import RunSpec, SpecError, describe_fields, load_spec
 
@@ -125,9 +130,16 @@ def run(args: argparse.Namespace) -> int:
     if frozen is None and made.verdict == "refused":
         _say(made.render())
         return EXIT_SPEC
+    document = made.to_json()
+    if frozen is not None and is_same_machine(frozen, document):
+        document = frozen
+    meter = meter_of_this_pod(_quoted(document))
     problems = preflight.preflight(spec, made, run_dir)
     for problem in problems:
         _say(_ready(args, f"nanochat run: {problem.message}"))
+    if problems and _is_spent_unstarted(spec, run_dir, meter()):
+        _say("nanochat run: and machines that could not run it have used the budget up")
+        return EXIT_BUDGET
     if problems:
         return preflight.exit_code(problems)
     if lost_with_container(run_dir.path):
@@ -135,10 +147,6 @@ def run(args: argparse.Namespace) -> int:
             "nanochat run: warning: no volume at /workspace, so the run is lost with this "
             "container. Keep it: docker run -v nanochat:/workspace ..."
         )
-    document = made.to_json()
-    if frozen is not None and is_same_machine(frozen, document):
-        document = frozen
-    meter = meter_of_this_pod(_quoted(document))
     console = Console(run_dir, spec.stages)
     ranks = hardware.num_ranks(spec.runtime)
     if spec.runtime.num_ranks is not None:
@@ -151,6 +159,22 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(run_dir.status()))
     return exit_code
+
+
+def _is_spent_unstarted(spec: RunSpec, run_dir: RunDir, price: Price) -> bool:
+    """Whether the budget is used up, with what a rented machine has cost that cannot run.
+
+    A controller that tries one machine after the other has no other bound than this.
+    """
+    if price.instance is None:
+        return False
+    lines = [ledger_line(price, event, time.time()) for event in ("start", "stop")]
+    with contextlib.suppress(OSError):  # a volume that cannot be written is among the problems
+        run_dir.create()
+        for line in lines:
+            append_jsonl(run_dir.ledger_file, line, durable=True)
+        lines = list(read_jsonl(run_dir.ledger_file))
+    return time_left_s(spec.budget, lines, time.time()) == 0.0
 
 
 def _quoted(document: dict[str, Any]) -> Price:
@@ -455,6 +479,7 @@ def _status_of(run_dir: RunDir) -> dict[str, Any]:
     found["run_dir"] = str(run_dir.path)
     if in_slurm := slurm.describe(found["name"], run_dir):
         found["slurm"] = in_slurm
+        _add_end_of_chain(found, in_slurm)
     silent_s = time.time() - float(found.get("heartbeat") or time.time())
     if found["state"] == "RUNNING" and silent_s > STALE_S:
         found["message"] = (
@@ -462,6 +487,20 @@ def _status_of(run_dir: RunDir) -> dict[str, Any]:
             "command again to resume"
         )
     return found
+
+
+def _add_end_of_chain(found: dict[str, Any], in_slurm: dict[str, Any]) -> None:
+    """What ended a chain of jobs after the run's own last word: a job that was refused before the
+    run began in it, or the chain's bound."""
+    chain = in_slurm["chain"]
+    if chain is None or in_slurm["queue"] or chain["exit_code"] in (None, EXIT_DONE):
+        return
+    if chain["last"] == "end" and chain["time"] >= int(found.get("heartbeat") or 0.0):
+        found["exit_code"] = chain["exit_code"]
+        found["state"] = str(state_of(chain["exit_code"]))
+        found["message"] = f"job {chain['job']} on {chain['host']} ended the chain: " + (
+            chain["reason"] or found.get("message") or "see its log"
+        )
 
 
 def _print(as_json: bool, document: Any, render: Callable[[Any], str]) -> None:

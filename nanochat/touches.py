@@ -224,9 +224,11 @@ def _problem(path: str) -> str | None:
     place = find(path)
     if place is None:
         return path
-    entry = fetched_entry(path)
+    source, _, name = path.partition("/")
+    shipped = (package_lock().get(source) or {}).get("files") or {}
+    entry = fetched_entry(path) or shipped.get(name) or {}
     size = place.stat().st_size
-    if entry is not None and entry.get("size") not in (None, size):
+    if entry.get("size") not in (None, size):
         return f"{path} (has {size} bytes, its lock says {entry['size']})"
     return None
 

@@ -80,12 +80,12 @@ class Rendered:
         return f"{self.text.rstrip()}\n{self.comment}{cost}"
 
 
-def worst_case_usd(job: Job) -> float | None:
+def worst_case_usd(job: Job, usd_per_hour: float) -> float | None:
     """Most that the run can cost: its budget, not its plan; None where it has no bound.
 
+    usd_per_hour: the highest price that its machine may have; 0 for one that is not rented.
     Storage, and the minutes before the run starts, are the launcher's to add.
     """
-    usd_per_hour = float(job.plan["usd_per_hour"])
     if usd_per_hour == 0.0:
         return 0.0
     budget = job.spec.budget

@@ -83,7 +83,9 @@ class DockerOptions:
 def render(job: Job, options: DockerOptions) -> Rendered:
     """The container as the engine's API takes it, as JSON."""
     sent = {"name": container_name(job.name), "body": container_body(job, options)}
-    return Rendered(json.dumps(sent, indent=2), worst_case_usd(job))
+    return Rendered(
+        json.dumps(sent, indent=2), worst_case_usd(job, float(job.plan["usd_per_hour"]))
+    )
 
 
 def container_name(run_name: str) -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TextIO
 
 from infra import reap
-from infra.hardware import GPUS
+from infra.hardware import GPUS, OFFERS
 from infra.launch.base import (
     IMAGE_NAME,
     POD_PREFIX,
@@ -33,7 +33,7 @@ from infra.launch.base import (
 )
 from infra.processes import APP_DIR
 from infra.runpod_api import Pod, ProviderError, RunPodApi
-from nanochat.rundir import EXIT_SPEC, EXIT_STOPPED, EXIT_UNFIT_NODE
+from nanochat.rundir import EXIT_DONE, EXIT_SPEC, EXIT_STOPPED, EXIT_UNFIT_NODE
 
 CONTAINER_DISK_GB = 40
 CUDA_VERSIONS = ("13.0", "13.1", "13.2", "13.3", "13.4")
@@ -119,7 +119,8 @@ def rungs(
     for job in jobs:
         offer = str(job.plan["offer"])
         count, gpu_type = gpu_of(offer)
-        price = float(job.plan["usd_per_hour"]) or (CPU_USD_PER_HOUR if gpu_type is None else 0.0)
+        listed = CPU_USD_PER_HOUR if gpu_type is None else OFFERS[offer].usd_per_hour
+        price = float(job.plan["usd_per_hour"]) or listed  # no pod is free, whatever the spec says
         ceiling = options.max_usd_per_hour or price * PRICE_MARGIN
         for place, volume_id in places:
             for instance in CPU_INSTANCES if gpu_type is None else (None,):
@@ -261,10 +262,15 @@ class Launcher:
                 failed.append(f"{where}: {e}")
                 continue
             pods += 1
-            trouble = self.wait_until_fit(name, pod_id, rung)
+            self._say(f"pod {pod_id} is billed and starts")
+            try:
+                trouble = self.wait_until_fit(name, pod_id, rung)
+            except KeyboardInterrupt:
+                self._say(f"interrupted before {name} has started: pod {pod_id} is ended")
+                self.end(name, pod_id)
+                return EXIT_STOPPED
             if trouble is None:
-                self._say(f"pod {pod_id} runs {name}; nanochat status {name}, nanochat stop {name}")
-                return 0 if options.detach else self.follow(name, pod_id)
+                return self._started(name, pod_id, options)
             self.end(name, pod_id)
             failed.append(f"{where}: pod {pod_id} {trouble.text}")
             self._say(failed[-1])
@@ -275,6 +281,16 @@ class Launcher:
             "--offers 8xH100-SXM,8xH100-PCIE",
             EXIT_UNFIT_NODE,
         )
+
+    def _started(self, name: str, pod_id: str, options: RunPodOptions) -> int:
+        """0 for a run that goes on without us, else its exit code at its end."""
+        pod = self.look(name, pod_id)
+        if options.detach and (pod is None or self.state_of(pod).get("phase") != "ended"):
+            self._say(f"pod {pod_id} runs {name}; nanochat status {name}, nanochat stop {name}")
+            return EXIT_DONE
+        if not options.detach:
+            self._say(f"pod {pod_id} runs {name}; Ctrl-C leaves it, nanochat stop {name} ends it")
+        return self.follow(name, pod_id)
 
     def refuse_second(self, name: str) -> None:
         """Raises LaunchError while a pod of that run exists: two would write one directory."""
@@ -296,11 +312,12 @@ class Launcher:
         arguments["docker_args"] = _quoted(arguments["docker_args"])
         try:
             made = self.create(**arguments)
+            pod_id = str((made or {}).get("id") or "")
+            trouble = "no capacity"
         except Exception as e:  # the SDK raises what requests and GraphQL raise
-            raise ProviderError(str(e) or type(e).__name__) from None
-        pod_id = str((made or {}).get("id") or "")
+            pod_id, trouble = self._made_all_the_same(job.name), str(e) or type(e).__name__
         if not pod_id:
-            raise ProviderError("no capacity")
+            raise ProviderError(trouble)
         reap.note_launch(
             "made",
             job.name,
@@ -310,6 +327,26 @@ class Launcher:
             max_usd=pod_usd(job, usd_before, rung.ceiling_usd_per_hour),
         )
         return pod_id
+
+    def _made_all_the_same(self, name: str) -> str:
+        """Id of the run's pod whose birth was answered by an error, such as a lost connection.
+
+        Empty where there is none. Raises LaunchError where that cannot be known.
+        """
+        for attempt in range(reap.ATTEMPTS):
+            if attempt:
+                time.sleep(reap.RETRY_S)
+            try:
+                pod = pod_of(self.api.pods(), name)
+                return pod.id if pod else ""
+            except ProviderError:
+                continue
+        raise LaunchError(
+            f"a pod for {name} was asked for, and then RunPod did not answer: it may be billed. "
+            f"nanochat status {name} says so when RunPod answers again, nanochat stop {name} ends "
+            "it, and the same command starts it where there is none",
+            EXIT_UNFIT_NODE,
+        )
 
     def wait_until_fit(self, name: str, pod_id: str, rung: Rung) -> Trouble | None:
         """None once the pod is up, fit and not dearer than its ceiling; else what is wrong."""

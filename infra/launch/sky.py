@@ -8,8 +8,8 @@
 * SkyPilot knows 0, 100 and 1; the run's own exit code is read from its status.json.
 """
 
+import itertools
 import os
-import re
 import shlex
 import sys
 import threading
@@ -22,7 +22,6 @@ from typing import Any, TextIO
 import yaml
 
 from infra import reap
-from infra.hardware import OFFERS
 from infra.launch.base import (
     IMAGE_NAME,
     POD_PREFIX,
@@ -44,6 +43,7 @@ from infra.launch.sky_cluster import (
     note_pods,
     tear_down,
 )
+from infra.launch.sky_rungs import SKY_GPUS, check_prices, highest_usd_per_hour, take_offer
 from infra.processes import APP_DIR
 from nanochat.rundir import EXIT_DONE, EXIT_STOPPED, EXIT_UNFIT_NODE
 
@@ -52,6 +52,12 @@ DATA_PATH = "data.path="
 LAUNCH_LIMIT_S = 2400.0
 """Image pull, start and set-up over all rungs; SkyPilot itself waits without a limit. All of it may
 be billed before the run starts, whose own budget counts from its first second."""
+RENTED_CONTROLLER = (
+    "SkyPilot's controller of managed jobs would be a pod of its own, which nothing ends (SkyPilot "
+    "has no autostop for it on RunPod). Have it in SkyPilot's server on this machine, which then "
+    "has to stay on: put `jobs: {controller: {consolidation_mode: true}}` into ~/.sky/config.yaml, "
+    "then `sky api stop`, and give this command again"
+)
 CPUS_ELSEWHERE = "4+"
 """For a run without GPU on another cloud, which has other names for its machines."""
 
@@ -72,24 +78,32 @@ class SkyOptions:
     """Return as soon as the run has started."""
 
 
-def task_file(job: Job, options: SkyOptions) -> Path:
+def task_file(config: str, options: SkyOptions) -> Path:
     """The task that runs a config. Raises LaunchError that lists what there is."""
     if options.task is not None:
         return options.task
-    wanted = f"@configs/{Path(job.config).name} "
+    wanted = f"@configs/{Path(config).name} "
     for path in sorted(TASKS.glob("*.yaml")):
         if wanted in str(yaml.safe_load(path.read_text()).get("run", "")):
             return path
     known = ", ".join(p.name for p in sorted(TASKS.glob("*.yaml"))) or "none"
     raise LaunchError(
-        f"no task in {TASKS} runs @configs/{Path(job.config).name} (there are: {known}); write one "
+        f"no task in {TASKS} runs @configs/{Path(config).name} (there are: {known}); write one "
         "beside them: its run line names the config, everything else can be copied"
     )
 
 
+def own_overrides(config: str, options: SkyOptions) -> tuple[str, ...]:
+    """What the task's command itself gives, before ARGS; not its data.path, which is there."""
+    command = shlex.split(yaml.safe_load(task_file(config, options).read_text()).get("run") or "")
+    begin = next((i for i, word in enumerate(command) if word.startswith("@")), len(command))
+    given = itertools.takewhile(lambda word: "=" in word, command[begin + 1 :])
+    return tuple(word for word in given if not word.startswith(DATA_PATH))
+
+
 def fill(job: Job, options: SkyOptions) -> dict[str, Any]:
     """The task as SkyPilot takes it, with the overrides in ARGS."""
-    task: dict[str, Any] = yaml.safe_load(task_file(job, options).read_text())
+    task: dict[str, Any] = yaml.safe_load(task_file(job.config, options).read_text())
     task["envs"] = {**(task.get("envs") or {}), "ARGS": shlex.join(job.overrides)}
     if any(o.startswith(DATA_PATH) for o in job.overrides):
         # the text is elsewhere than where the task's command says: it is not sent along
@@ -101,6 +115,8 @@ def fill(job: Job, options: SkyOptions) -> dict[str, Any]:
         task["run"] = task["run"].replace("$ARGS", shlex.join(job.overrides))
         task["envs"]["ARGS"] = ""
     resources = task["resources"]
+    if not options.infra and any(o.startswith("offer=") for o in job.overrides):
+        take_offer(job, resources)
     if options.spot:
         resources["use_spot"] = True
     if options.image:
@@ -110,13 +126,14 @@ def fill(job: Job, options: SkyOptions) -> dict[str, Any]:
         count, _, gpu = str(job.plan["offer"]).partition("x")
         resources.pop("ordered", None)
         resources.pop("instance_type", None)
+        resources.pop("job_recovery", None)  # nothing would be left to go on from
         task.pop("volumes", None)
         resources["infra"] = options.infra
         if gpu:
             resources["accelerators"] = f"{SKY_GPUS.get(gpu, gpu)}:{count}"
         else:
             resources["cpus"] = CPUS_ELSEWHERE
-    check_prices(job, task)
+    check_prices(job, resources)
     return task
 
 
@@ -150,61 +167,10 @@ def volume_gb(job: Job, options: SkyOptions) -> float | None:
     """Size of the task's volume in 10^9 bytes as sky/volume.yaml makes it; None for another one."""
     if options.infra:
         return None
-    task = yaml.safe_load(task_file(job, options).read_text())
+    task = yaml.safe_load(task_file(job.config, options).read_text())
     made = yaml.safe_load((TASKS / "volume.yaml").read_text())
     mounted = (task.get("volumes") or {}).get(VOLUME_MOUNT)
     return float(made["size"].removesuffix("Gi")) if mounted == made["name"] else None
-
-
-def check_prices(job: Job, task: dict[str, Any]) -> None:
-    """Raises LaunchError where a rung costs more than the task's max_hourly_cost.
-
-    SkyPilot 0.14.1 compares that with the catalog's prices, but not for a pinned instance type.
-    """
-    resources = task["resources"]
-    common = {k: v for k, v in resources.items() if k != "ordered"}
-    for rung in resources.get("ordered") or [{}]:
-        wanted = {**common, **rung}
-        ceiling, kind = wanted.get("max_hourly_cost"), str(wanted.get("instance_type") or "")
-        price = rung_usd_per_hour(kind, job)
-        if ceiling is not None and price is not None and price > float(ceiling):
-            raise LaunchError(
-                f"{kind} costs ${price:.2f}/h, and max_hourly_cost of the task is "
-                f"${float(ceiling):.2f}: take this rung out of the task, or raise max_hourly_cost "
-                "(SkyPilot itself does not hold it against a pinned instance_type)"
-            )
-
-
-def rung_usd_per_hour(instance_type: str, job: Job) -> float | None:
-    """USD per hour of RunPod's instance type: the plan's where that is its offer, which may be
-    the spec's own price, else hardware.py's; None for a type that neither knows."""
-    found = re.fullmatch(r"(\d+)x_(.+)_(?:SECURE|COMMUNITY)", instance_type)
-    if found is None:
-        return None
-    name = f"{found[1]}x{RUNPOD_GPUS.get(found[2], found[2])}"
-    if name == job.plan["offer"]:
-        return float(job.plan["usd_per_hour"])
-    return OFFERS[name].usd_per_hour if name in OFFERS else None
-
-
-RUNPOD_GPUS = {
-    "H100": "H100-PCIE",
-    "H200-SXM": "H200",
-    "A100-80GB-SXM": "A100-80GB",
-    "A100-80GB": "A100-80GB-PCIE",
-    "RTX4090": "RTX-4090",
-}
-"""SkyPilot's name of a RunPod GPU -> ours, where they differ."""
-
-
-SKY_GPUS = {
-    "H100-SXM": "H100",
-    "H100-PCIE": "H100",
-    "A100-40GB": "A100",
-    "A100-80GB-PCIE": "A100-80GB",
-    "RTX-4090": "RTX4090",
-}
-"""What SkyPilot calls them on other clouds than RunPod."""
 
 
 def render(job: Job, options: SkyOptions) -> Rendered:
@@ -216,11 +182,11 @@ def render(job: Job, options: SkyOptions) -> Rendered:
 
 def worst_usd(job: Job, task: dict[str, Any]) -> float | None:
     """Run's bound, the minutes before it starts and those until autostop, at the dearest rung."""
-    bound = worst_case_usd(job)
+    resources = task["resources"]
+    hourly = highest_usd_per_hour(job, resources)
+    bound = worst_case_usd(job, hourly)
     if bound is None:
         return None
-    resources = task["resources"]
-    hourly = float(resources.get("max_hourly_cost") or job.plan["usd_per_hour"])
     idle = float((resources.get("autostop") or {}).get("idle_minutes") or 0.0)
     return bound + hourly * (LAUNCH_LIMIT_S / 60.0 + idle) / 60.0
 
@@ -278,7 +244,12 @@ def render_sweep(jobs: Sequence[Job], options: SkyOptions) -> Rendered:
 def submit_sweep(
     jobs: Sequence[Job], options: SkyOptions, sky: Sky, out: TextIO = sys.stderr
 ) -> int:
-    """Give every run to SkyPilot's controller of managed jobs, which starts and recovers them."""
+    """Give every run to SkyPilot's controller of managed jobs, which starts and recovers them.
+
+    Raises LaunchError where that would be a machine of its own.
+    """
+    if sky.rents_controller():
+        raise LaunchError(RENTED_CONTROLLER)
     secrets = {name: os.environ[name] for name in present_secrets(os.environ)}
     tasks = [fill(job, options) for job in jobs]
     for job, task in zip(jobs, tasks, strict=True):

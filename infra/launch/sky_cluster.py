@@ -38,6 +38,10 @@ class Sky(Protocol):
     def launch_managed(self, task: dict[str, Any], name: str, secrets: dict[str, str]) -> int:
         """Give it to the controller of managed jobs; the job's number."""
 
+    def rents_controller(self) -> bool:
+        """Whether the controller of managed jobs would be a machine that SkyPilot rents where it
+        likes: neither within its server here, nor where the user's own settings put it."""
+
     def cancel_launch(self) -> None:
         """Give up a launch that hangs."""
 
@@ -157,21 +161,40 @@ def ssh_entry(cluster: str) -> Path:
 
 
 def tear_down(cluster: str, sky: Sky) -> None:
-    """Terminate a cluster, and ask the provider until it is gone. Raises LaunchError where not."""
+    """Terminate a cluster until SkyPilot and the provider no longer know it.
+
+    Raises LaunchError where it may still be there.
+    """
     deadline = time.monotonic() + VERIFY_S
     while True:
-        with contextlib.suppress(Exception):  # an unknown cluster is what is wanted
+        trouble = ""
+        try:
             sky.down(cluster)
+        except Exception as e:  # whatever SkyPilot raises, also where there is no such cluster
+            trouble = str(e) or type(e).__name__
         left = strays(cluster)
-        if left is not None and not left:
+        if left is None:
+            trouble = "RunPod does not answer"
+        elif left:
+            trouble = f"still there: {', '.join(left)}"
+        elif not _is_known(cluster, sky, otherwise=bool(trouble)):
             return
         if time.monotonic() > deadline:
             break
         time.sleep(POLL_S)
-    what = "RunPod does not answer" if left is None else f"still there: {', '.join(left)}"
     raise LaunchError(
-        f"{cluster} may still be billed ({what}): run `nanochat reap`, or end it in the console", 1
+        f"{cluster} may still be billed ({trouble or 'SkyPilot still lists it'}): run `sky down "
+        f"{cluster}` and `nanochat reap`, or end it in the console",
+        1,
     )
+
+
+def _is_known(cluster: str, sky: Sky, otherwise: bool) -> bool:
+    """Whether SkyPilot still has the cluster; `otherwise` where it cannot say."""
+    try:
+        return sky.exists(cluster)
+    except Exception:  # e.g. a state of the provider's that it cannot read
+        return otherwise
 
 
 def strays(cluster: str) -> list[str] | None:

@@ -35,6 +35,11 @@ class SkyPilot:
         numbers, _ = self._sky.stream_and_get(request)
         return int(numbers[0] if isinstance(numbers, list) else numbers)
 
+    def rents_controller(self) -> bool:
+        config = self._sky.skypilot_config
+        controller = config.get_nested(("jobs", "controller"), None) or {}
+        return not (controller.get("consolidation_mode") or controller.get("resources"))
+
     def _task(self, task: dict[str, Any], secrets: dict[str, str]) -> Any:
         made = self._sky.Task.from_yaml_config(copy.deepcopy(task))  # it takes it apart
         if secrets:

@@ -26,7 +26,14 @@ from typing import Any, TextIO
 import jinja2
 
 from infra.launch.base import Job, LaunchError, Rendered, worst_case_usd
-from nanochat.rundir import EXIT_DONE, EXIT_UNFIT_NODE, RunDir, nanochat_home, read_jsonl
+from nanochat.rundir import (
+    EXIT_DONE,
+    EXIT_SPEC,
+    EXIT_UNFIT_NODE,
+    RunDir,
+    nanochat_home,
+    read_jsonl,
+)
 from nanochat.spec import RunSpec, Slurm, spec_from_json
 
 FIELDS = tuple(Slurm.model_fields)
@@ -42,6 +49,8 @@ MODULES = ("apptainer", "singularity")
 SEEN_QUEUE = "NANOCHAT_SQUEUE"
 """The variable in which nanochat.sh hands the queue into the SIF."""
 COMMAND_TIMEOUT_S = 60.0
+SSH_FAILED = 255
+"""What ssh ends with where the other side was not reached; else the command's own code."""
 END_OF_JOB_S = 30.0
 """From the end of a run to that of its job."""
 
@@ -174,7 +183,7 @@ def render(job: Job, user: str = "") -> Rendered:
         run_words=" ".join(map(_quoted, words)),
         config_words=_quoted(words[0]) + (shlex.quote(f" {overrides}") if overrides else ""),
     )
-    return Rendered(text, worst_case_usd(job), comment="# ")
+    return Rendered(text, worst_case_usd(job, float(job.plan["usd_per_hour"])), comment="# ")
 
 
 def submit(job: Job, out: TextIO = sys.stderr) -> int:
@@ -248,6 +257,7 @@ def chain(run_dir: RunDir) -> dict[str, Any] | None:
         return None
     last = events[-1]
     return {
+        "time": last["time"],
         "jobs": last["jobs"],
         "job": last["job"],
         "host": last["host"],
@@ -428,6 +438,8 @@ def _expand(path: str, user: str) -> str:
     expanded = path.replace("${USER}", user).replace("$USER", user)
     if "$" in expanded:
         raise LaunchError(f"{path}: of variables only $USER is known")
+    if not re.fullmatch(r"[\w./@%+:,=~-]+", expanded):
+        raise LaunchError(f"{expanded!r} has a character that no shell would leave alone")
     return expanded
 
 
@@ -440,7 +452,10 @@ def _check_places(job: Job, user: str, host: str | None) -> None:
     sif = _expand(job.spec.slurm.sif or f"{scratch}/nanochat.sif", user)
     problems = {
         f"{scratch} is no folder there that can be written; set slurm.scratch": ["-w", scratch],
-        f"there is no {sif}; bring it there: make sif SIF={sif}": ["-f", sif],
+        f"there is no {sif}; bring it there: infra/slurm/build_sif.sh docker://HOST/NAME {sif}": [
+            "-f",
+            sif,
+        ],
     }
     for problem, test in problems.items():
         if _run(host, ["test", *test]).returncode:
@@ -459,7 +474,10 @@ def _command(host: str | None, command: list[str], text: str = "") -> str:
     done = _run(host, command, text)
     if done.returncode:
         where = f" on {host}" if host else ""
-        raise LaunchError(f"{command[0]}{where}: {done.stderr.strip() or done.stdout.strip()}")
+        raise LaunchError(
+            f"{command[0]}{where}: {done.stderr.strip() or done.stdout.strip()}",
+            EXIT_UNFIT_NODE if host and done.returncode == SSH_FAILED else EXIT_SPEC,
+        )
     return done.stdout
 
 

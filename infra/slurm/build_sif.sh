@@ -15,8 +15,9 @@ mkdir -p "$(dirname "$sif")"
 work=$(mktemp -d "$(dirname "$sif")/.sif.XXXXXX")
 trap 'chmod -R u+w "$work"; rm -rf "$work"' EXIT
 export APPTAINER_TMPDIR="$work" APPTAINER_CACHEDIR="$work/cache" TMPDIR="$work"
+export SINGULARITY_TMPDIR="$work" SINGULARITY_CACHEDIR="$work/cache"
 # One copy of the layers less; nothing would use them again.
-export APPTAINER_DISABLE_CACHE=true
+export APPTAINER_DISABLE_CACHE=true SINGULARITY_DISABLE_CACHE=true
 case "$source" in
   docker://*) bootstrap=docker from=${source#docker://} ;;
   *.tar) bootstrap=docker-archive from=$source ;;

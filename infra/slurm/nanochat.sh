@@ -23,17 +23,23 @@ done
 [ -f "$sif" ] || fail 78 "there is no $sif; build it: infra/slurm/build_sif.sh SOURCE $sif"
 mkdir -p "$home/tmp" "$scratch/apptainer"
 export APPTAINER_CACHEDIR="$scratch/apptainer" APPTAINER_TMPDIR="$home/tmp"
+export SINGULARITY_CACHEDIR="$scratch/apptainer" SINGULARITY_TMPDIR="$home/tmp"
+
+# A variable for what runs in the SIF, by its environment and not on a command line.
+pass() { export "APPTAINERENV_$1=$2" "SINGULARITYENV_$1=$2"; }
 
 nanochat() {
   local options=(--containall --no-home --bind "$scratch" --env "NANOCHAT_HOME=$home")
+  options+=(--env "USER=$user" --env "LOGNAME=$user")       # for $USER in paths of the spec
   case "$PWD/" in "$scratch"/*) ;; *) options+=(--bind "$PWD") ;; esac
   [ ! -e /dev/nvidiactl ] || options+=(--nv)                # a chat on a GPU node
   for secret in WANDB_API_KEY HF_TOKEN; do
-    [ -z "${!secret:-}" ] || export "APPTAINERENV_$secret=${!secret}"   # not on a command line
+    [ -z "${!secret:-}" ] || pass "$secret" "${!secret}"
   done
   for place in HF_ENDPOINT https_proxy http_proxy no_proxy SSL_CERT_FILE; do
     [ -z "${!place:-}" ] || options+=(--env "$place=${!place}")
   done
+  [ ! -f "${SSL_CERT_FILE:-}" ] || options+=(--bind "$SSL_CERT_FILE")
   "$apptainer" --quiet exec "${options[@]}" --pwd "$PWD" "$sif" nanochat "$@"
 }
 
@@ -74,12 +80,17 @@ case "${1:-}" in
 esac
 has_begun() { [ -f "$home/runs/$name/spec.json" ]; }    # a refused job leaves only slurm.jsonl there
 if [ "${1:-}" = launch ] && [[ $words == *" --to slurm "* || $words == *" --to=slurm "* ]]; then
+  [[ $words != *" --ssh"* ]] ||
+    fail 78 "this is the cluster already: without --ssh (that is for a machine with the kit installed)"
   [[ $words == *" --scratch"* ]] || set -- "$@" --scratch "$scratch"
   [[ $words == *" --sif"* ]] || set -- "$@" --sif "$sif"
   if [[ $words == *" --dry-run "* ]]; then
     nanochat "$@"
     exit
   fi
+  command -v sbatch > /dev/null ||
+    fail 77 "there is no sbatch here: run this on a login node, or pipe what --dry-run prints to sbatch there"
+  for word; do shift; [ "$word" = --json ] || set -- "$@" "$word"; done    # the script is for sbatch
   script=$(nanochat "$@" --dry-run)
   job_name=$(sed -n 's/^#SBATCH --job-name=//p' <<< "$script")
   queued=$(squeue --noheader --user="$user" --name="$job_name" --format='job %i is %T')
@@ -89,12 +100,11 @@ if [ "${1:-}" = launch ] && [[ $words == *" --to slurm "* || $words == *" --to=s
   echo "job ${job%%;*} is queued; $0 status ${job_name#nanochat-}, tail -F $scratch/$job_name-${job%%;*}.out"
 elif [ "${1:-}" = status ] && [[ $words == *" --json "* ]]; then
   if command -v squeue > /dev/null; then
-    APPTAINERENV_NANOCHAT_SQUEUE=$(queue_rows "$name" | paste -sd ';' -)
-    export APPTAINERENV_NANOCHAT_SQUEUE
+    ! rows=$(queue_rows "$name") || pass NANOCHAT_SQUEUE "${rows//$'\n'/;}"
   fi
   nanochat "$@"
 elif [ "${1:-}" = status ]; then
-  lines=$(in_queue "$name")
+  lines=$(in_queue "$name") || lines=      # a controller that does not answer hides no run
   [ -z "$lines" ] || printf 'queue:\n%s\n\n' "$lines"
   # A run that has not begun has nothing else to tell.
   if [ -z "$lines" ] || [ -z "$name" ] || has_begun; then nanochat "$@"; fi
@@ -104,7 +114,8 @@ elif [ "${1:-}" = stop ] && [ -n "$name" ]; then
   # Its job ends by itself then. One that waits in the queue, has not got as far, or is on a dead
   # node does not, and would go on with the run.
   for _ in {1..30}; do
-    jobs=$(in_queue "$name")
+    jobs=$(in_queue "$name") ||
+      fail 1 "SLURM does not say whether a job of $name is left, which would go on with it. When it answers again: scancel --name=nanochat-$name"
     [[ $code = 0 && ($jobs == *" RUNNING "* || $jobs == *" COMPLETING "*) ]] || break
     sleep 1
   done

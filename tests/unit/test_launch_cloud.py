@@ -12,6 +12,7 @@ from infra import cloud
 from infra.launch import runpod_pod, sky
 from infra.launch.base import Job, LaunchError, Rendered
 from infra.launch.runpod import RunPodOptions, Volume
+from infra.runpod_api import Pod, ProviderError
 from nanochat.spec import load_spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,3 +115,36 @@ def test_the_size_of_an_account_s_volume_is_read(
     monkeypatch.setattr(runpod_pod, "ssh_key", lambda: key)
     monkeypatch.setenv("RUNPOD_API_KEY", "k")
     assert [v.size_gb for v in runpod_pod.open_launcher().volumes] == [300, None]
+
+
+def test_the_worst_case_of_a_task_is_that_of_its_own_command() -> None:
+    """sky/cpu_smoke.yaml gives a budget and a price, though the plan of a CPU costs nothing."""
+    sent = launch("smoke", "sky", "--dry-run")
+    assert isinstance(sent, Rendered)
+    assert sent.worst_case_usd == pytest.approx(1.0 + 0.2 * (40 + 10) / 60)
+
+
+@pytest.mark.parametrize("words", [("--spot",), ("--sweep", "seed=1,2")])
+def test_where_no_volume_is_nothing_is_started_again(words: tuple[str, ...]) -> None:
+    with pytest.raises(LaunchError, match="no network volume on lambda"):
+        launch("d20", "sky", "--infra", "lambda", "--dry-run", *words)
+
+
+def test_a_provider_that_does_not_answer_is_not_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Silent:
+        def pods(self) -> list[Pod]:
+            raise ProviderError("RunPod does not answer")
+
+    class Enough(Exception):
+        """Ends the loop."""
+
+    def no_more(_: float) -> None:
+        raise Enough
+
+    monkeypatch.setattr(runpod_pod, "connect_or_explain", Silent)
+    monkeypatch.setattr("time.sleep", no_more)
+    with pytest.raises(Enough):
+        cloud.reap_verb(build_parser().parse_args(["reap", "--every", "60"]))
+    assert capsys.readouterr().out.startswith("RunPod does not answer: what is billed is not known")

@@ -40,6 +40,7 @@ class Account:
         self.asked: list[dict[str, Any]] = []
         self.states: dict[str, dict[str, Any]] = {}
         self.refuses_end = 0
+        self.interrupts = False
 
     def create(self, **asked: Any) -> dict[str, Any] | None:
         self.asked.append(asked)
@@ -48,6 +49,8 @@ class Account:
             return None
         if trouble == "error":
             raise OSError("timed out")
+        if trouble == "interrupted":
+            self.interrupts = True
         pod_id = f"pod{len(self.asked)}"
         pod = replace(RUNNING, id=pod_id, name=asked["name"])
         self.states[pod_id] = {"phase": "run"}
@@ -59,13 +62,19 @@ class Account:
             pod = replace(pod, address=None)
         if trouble == "unfit":
             self.states[pod_id] = {"phase": "ended", "exit_code": 77}
+        if trouble == "failed":
+            self.states[pod_id] = {"phase": "ended", "exit_code": 78}
         self.there[pod_id] = pod
+        if trouble == "answer lost":
+            raise OSError("Read timed out")
         return {"id": pod_id}
 
     def pods(self) -> list[Pod]:
         return list(self.there.values())
 
     def pod(self, pod_id: str) -> Pod | None:
+        if self.interrupts:
+            raise KeyboardInterrupt
         return self.there.get(pod_id)
 
     def terminate(self, pod_id: str) -> None:
@@ -170,6 +179,49 @@ def test_a_rung_that_does_not_work_is_left_for_the_next(trouble: str) -> None:
     assert code == 0
     assert [a["gpu_type_id"] for a in account.asked] == ["NVIDIA H100 80GB HBM3", "NVIDIA H200"]
     assert list(account.there) == ["pod2"], "the first is not billed any more"
+
+
+def test_a_pod_whose_birth_was_not_answered_is_the_run_s() -> None:
+    account = Account("answer lost")
+    code, said = submit(account)
+    assert code == 0 and "pod pod1 runs d20" in said
+    assert list(account.there) == ["pod1"] and len(account.asked) == 1
+
+
+def test_a_pod_that_may_have_been_made_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    account = Account("answer lost")
+    create = account.create
+
+    def then_silent(**asked: Any) -> dict[str, Any] | None:
+        monkeypatch.setattr(account, "pods", lost)
+        return create(**asked)
+
+    def lost() -> list[Pod]:
+        raise ProviderError("RunPod does not answer")
+
+    monkeypatch.setattr(account, "create", then_silent)
+    code, said = submit(account)
+    assert code is None and "it may be billed" in said and "nanochat stop d20" in said
+    assert len(account.asked) == 1, "no other rung is asked for"
+
+
+def test_ctrl_c_before_the_run_has_started_ends_its_pod() -> None:
+    account = Account("interrupted")
+    code, said = submit(account)
+    assert code == 75 and "pod pod1 is ended" in said
+    assert account.there == {}
+
+
+def test_a_detached_launch_tells_of_a_run_that_has_failed_at_once() -> None:
+    account = Account("failed")
+    assert submit(account)[0] == 78
+
+
+def test_no_pod_is_free_whatever_the_spec_says() -> None:
+    free = job("budget.usd_per_hour=0.0", usd_per_hour=0.0)
+    (rung,) = (r for _, r in rungs([free], RunPodOptions(), [VOLUME]))
+    assert (rung.usd_per_hour, rung.ceiling_usd_per_hour) == (21.52, 24.748)
+    assert render([free], RunPodOptions(), [VOLUME]).worst_case_usd == 100.0
 
 
 def test_with_one_offer_another_pod_is_asked_for_up_to_three_times() -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from infra import reap
 from infra.launch import sky as launcher
-from infra.launch import sky_cluster
+from infra.launch import sky_cluster, sky_rungs
 from infra.launch.base import Job, LaunchError
 from infra.launch.sky import (
     SkyOptions,
@@ -50,6 +50,7 @@ class FakeSky:
         self.launched: list[dict[str, Any]] = []
         self.secrets: dict[str, str] = {}
         self.cancelled = False
+        self.controller_is_rented = False
         self._trouble, self._log_code = trouble, log_code
 
     def launch(self, task: dict[str, Any], cluster: str, secrets: dict[str, str]) -> int:
@@ -68,6 +69,9 @@ class FakeSky:
             raise RuntimeError(self._trouble)
         self.launched.append(task)
         return len(self.launched)
+
+    def rents_controller(self) -> bool:
+        return self.controller_is_rented
 
     def cancel_launch(self) -> None:
         self.cancelled = True
@@ -145,7 +149,7 @@ def test_the_price_of_the_spec_counts_against_max_hourly_cost(tmp_path: Path) ->
 
 def test_names_of_gpus_are_those_of_the_catalog() -> None:
     theirs = {name: ours for ours, name in catalog.SKY_NAMES.items()}
-    assert {n: launcher.RUNPOD_GPUS.get(n, n) for n in theirs} == theirs
+    assert {n: sky_rungs.RUNPOD_GPUS.get(n, n) for n in theirs} == theirs
 
 
 def test_another_cloud_is_asked_by_accelerator_and_without_the_volume() -> None:
@@ -153,7 +157,7 @@ def test_another_cloud_is_asked_by_accelerator_and_without_the_volume() -> None:
     assert task["resources"]["infra"] == "lambda"
     assert task["resources"]["accelerators"] == "H100:8"
     assert "ordered" not in task["resources"]
-    assert "volumes" not in task
+    assert "volumes" not in task and "job_recovery" not in task["resources"]
 
 
 def test_the_dry_run_is_the_task_and_its_worst_case_has_start_and_autostop() -> None:
@@ -162,6 +166,43 @@ def test_the_dry_run_is_the_task_and_its_worst_case_has_start_and_autostop() -> 
     assert sent["resources"]["max_hourly_cost"] == 30.0
     assert rendered.worst_case_usd == pytest.approx(50.0 + 30.0 * (40 + 10) / 60)
     assert launcher.LAUNCH_LIMIT_S == 40 * 60, "billed until it is given up"
+
+
+def planned_on(offer: str, usd_per_hour: float, *overrides: str) -> Job:
+    """A d20 whose user has asked for another machine."""
+    plan = {**PLAN, "offer": offer, "usd_per_hour": usd_per_hour}
+    return replace(job(f'offer="{offer}"', *overrides), plan=plan)
+
+
+def test_the_hours_of_a_run_count_at_the_dearest_price_that_is_allowed() -> None:
+    """d64's second rung: `reap` must not end it before its own 31 hours are over."""
+    plan = {**PLAN, "offer": "8xH100-PCIE", "usd_per_hour": 19.12}
+    d64 = replace(job(config="d64_1000usd"), plan=plan)
+    task = fill(d64, SkyOptions())
+    assert worst_usd(d64, task) == pytest.approx(31 * 24.0 + 24.0 * (40 + 10) / 60)
+    del task["resources"]["max_hourly_cost"]
+    assert worst_usd(d64, task) == pytest.approx(31 * 21.52 + 21.52 * (40 + 10) / 60)
+
+
+def test_what_the_task_itself_gives_is_known() -> None:
+    own = launcher.own_overrides("configs/smoke.toml", SkyOptions())
+    assert own == ("budget.max_usd=1.0", "budget.usd_per_hour=0.12")
+    assert launcher.own_overrides("configs/d64_1000usd.toml", SkyOptions()) == ()
+    assert launcher.own_overrides("configs/d20.toml", SkyOptions()) == ()
+
+
+def test_the_offer_that_is_asked_for_is_the_machine_that_is_rented() -> None:
+    second = fill(planned_on("8xH200", 28.72), SkyOptions())["resources"]
+    assert [r["instance_type"] for r in second["ordered"]] == [
+        "8x_H200-SXM_SECURE",
+        "8x_H100-SXM_SECURE",
+    ]
+    other = fill(planned_on("1xH100-PCIE", 2.39), SkyOptions())["resources"]
+    assert "ordered" not in other
+    assert (other["instance_type"], other["max_hourly_cost"]) == ("1x_H100_SECURE", 2.75)
+    for offer in ("8xA100-40GB", "cpu"):
+        with pytest.raises(LaunchError, match=f"plan is for {offer}, which RunPod does not rent"):
+            fill(planned_on(offer, 1.0), SkyOptions())
 
 
 def test_without_a_budget_nothing_bounds_the_cost() -> None:
@@ -191,6 +232,19 @@ def test_a_launch_that_hangs_is_cancelled_and_torn_down(monkeypatch: pytest.Monk
     with pytest.raises(LaunchError, match="not up within"):
         submit(job(), PULLED, sky, io.StringIO())
     assert (sky.cancelled, sky.up) == (True, set())
+
+
+def test_a_machine_that_stays_up_on_another_cloud_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sky_cluster, "VERIFY_S", 0.0)
+    sky = FakeSky("runtime set-up failed")
+
+    def refuse(cluster: str) -> None:
+        raise RuntimeError("503")
+
+    monkeypatch.setattr(sky, "down", refuse)
+    with pytest.raises(LaunchError, match="may still be billed .503.*sky down d20") as e:
+        submit(job(), SkyOptions(image="me/nanochat:1", infra="lambda"), sky, io.StringIO())
+    assert e.value.exit_code == 1
 
 
 def test_a_cluster_that_was_up_before_is_not_torn_down() -> None:
@@ -269,6 +323,14 @@ def test_a_sweep_is_given_to_the_controller_and_says_what_was_taken() -> None:
     assert [(r.run, r.max_usd) for r in rows] == [("d20-1", share_usd), ("d20-2", share_usd)]
     with pytest.raises(LaunchError, match=r"did not take d20-2.*submitted so far: d20-1 \(job 1\)"):
         submit_sweep(runs, PULLED, FakeSky("queue is full"), io.StringIO())
+
+
+def test_a_controller_that_nothing_would_end_is_not_made() -> None:
+    sky = FakeSky()
+    sky.controller_is_rented = True
+    with pytest.raises(LaunchError, match="consolidation_mode: true.*sky api stop"):
+        submit_sweep([job()], PULLED, sky, io.StringIO())
+    assert not sky.launched
 
 
 class Provider:

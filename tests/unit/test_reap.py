@@ -83,6 +83,15 @@ def test_pods_of_skypilot_are_known_by_our_image(file: Path) -> None:
         assert actions(made(name, of), file) == []
 
 
+def test_a_controller_of_skypilot_s_is_named_and_not_ended(file: Path) -> None:
+    """It is billed, so "no pod exists" would be wrong; its jobs may be others than ours."""
+    made = Pod("x", "sky-jobs-controller-0a1b2c3d-0a1b2c3d-head", "RUNNING", 0.2, 1e6, {})
+    account = Account(made)
+    (row,) = reap.reap(account, False, file)
+    assert (row.action, account.there) == ("kept", [made])
+    assert "sky down" in reap.render([row]) and "nothing is billed" not in reap.render([row])
+
+
 def test_a_pod_of_a_plain_sky_launch_may_reach_an_age_and_is_told_of_it(file: Path) -> None:
     """Nobody here knows its budget: neither a label nor a launch that is remembered tells it."""
 
