@@ -136,14 +136,16 @@ def test_a_memory_of_the_command_line_is_sbatchs(capsys: pytest.CaptureFixture[s
     [
         ({}, "slurm.scratch"),
         ({"scratch": "/s/$HOME"}, r"only \$USER"),
+        ({"scratch": "/s/$USER", "signal_s": 150}, "no shell would leave alone"),
         ({"scratch": "/s", "signal_s": 31}, "stop_grace_s"),
         ({"scratch": "/s", "time": "2"}, "not longer than"),
         ({"scratch": "/s", "nodes": 3}, "num_ranks"),
     ],
 )
 def test_what_cannot_work_is_refused(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
+    user = "a b; touch x" if "$USER" in str(fields) else "student"
     with pytest.raises(LaunchError, match=said):
-        slurm.render(job(tmp_path, fields), "student")
+        slurm.render(job(tmp_path, fields), user)
 
 
 @pytest.mark.parametrize(
@@ -290,13 +292,13 @@ def test_the_container_sees_scratch_and_nothing_else(shell: Shell) -> None:
     assert "apptainer --quiet exec --containall --no-home" in call
     assert call.count("--bind") == 1 and f"--bind {scratch} " in call
     assert "NANOCHAT_OFFLINE=1" in call and "secret" not in call
-    assert f"nanochat run @{scratch}/nanochat/toy.toml" in call
+    assert f"nanochat run @{scratch}/nanochat/launched/toy.toml" in call
 
 
 def test_the_spec_arrives_unchanged(shell: Shell) -> None:
     copier = shell.folder / "bin" / "apptainer"
     copier.write_text(
-        f"#!/bin/bash\ncp {shell.folder}/scratch/nanochat/*.toml {shell.folder}/got\n"
+        f"#!/bin/bash\ncp {shell.folder}/scratch/nanochat/launched/*.toml {shell.folder}/got\n"
     )
     assert shell.run().returncode == 0
     assert (shell.folder / "got").read_text() == TOY
@@ -307,7 +309,16 @@ def test_a_refused_spec_stays_for_the_command_that_names_it(
     shell: Shell, code: str, stays: bool
 ) -> None:
     shell.run(CODE=code)
-    assert (shell.folder / "scratch" / "nanochat" / "toy.toml").exists() == stays
+    home = shell.folder / "scratch" / "nanochat"
+    assert (home / "launched" / "toy.toml").exists() == stays
+
+
+def test_a_spec_of_the_user_s_own_in_the_home_is_left_alone(shell: Shell) -> None:
+    own = shell.folder / "scratch" / "nanochat" / "toy.toml"
+    own.parent.mkdir()
+    own.write_text("mine")
+    assert shell.run().returncode == 0
+    assert own.read_text() == "mine"
 
 
 def signalled(shell: Shell, signum: int, *args: str, **env: str) -> tuple[int, str]:
@@ -397,7 +408,7 @@ def test_unfit_nodes_are_avoided_at_most_twice(shell: Shell, nodes: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("missing", "said"), [("nanochat.sif", "make sif SIF="), ("", "not a folder")]
+    ("missing", "said"), [("nanochat.sif", "build_sif.sh docker://HOST/NAME"), ("", "not a folder")]
 )
 def test_what_is_missing_on_the_node_is_named(shell: Shell, missing: str, said: str) -> None:
     target = shell.folder / "scratch" / missing
@@ -416,6 +427,42 @@ def test_the_comment_has_the_reason_that_the_run_gave(shell: Shell) -> None:
     run = RunDir(shell.folder / "scratch/nanochat/runs/toy")
     chain = slurm.chain(run)
     assert chain is not None and (chain["jobs"], chain["last"]) == (1, "end")
+
+
+def test_what_srun_says_at_the_end_is_not_the_reason(shell: Shell) -> None:
+    log = shell.folder / "scratch" / "nanochat-toy-1000.out"
+    log.write_text(
+        "base_train failed: the loss is NaN at step 12\n"
+        "srun: forcing job termination\n"
+        "slurmstepd: error: *** STEP 1000.0 ON c2 CANCELLED ***\n"
+    )
+    assert shell.run(CODE="70").returncode == 70
+    assert shell.comment() == (
+        "exit 70: the training failed: base_train failed: the loss is NaN at step 12"
+    )
+
+
+def test_status_knows_why_a_chain_ended_after_the_run_s_own_last_word(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second job was refused: what the first one has left in status.json is not the end."""
+    home = shell.folder / "scratch" / "nanochat"
+    run = RunDir(home / "runs" / "toy")
+    run.create()
+    run.spec_file.write_text("{}")
+    stopped = {"name": "toy", "state": "STOPPED", "exit_code": 75, "heartbeat": 1000.0}
+    run.status_file.write_text(json.dumps(stopped | {"message": "stopped with a checkpoint"}))
+    (shell.folder / "scratch" / "nanochat.sif").unlink()
+    assert shell.run("1").returncode == 78
+    monkeypatch.setenv("NANOCHAT_HOME", str(home))
+    assert entrypoint.main(["status", "toy", "--json"]) == 78
+    told = json.loads(capsys.readouterr().out)
+    assert (told["state"], told["exit_code"]) == ("FAILED", 78)
+    assert "ended the chain: there is no image" in told["message"]
+    # What went on after that, by hand, has the last word again.
+    later = stopped | {"state": "SUCCEEDED", "exit_code": 0, "heartbeat": time.time() + 60}
+    run.status_file.write_text(json.dumps(later))
+    assert entrypoint.main(["status", "toy"]) == 0
 
 
 @pytest.mark.parametrize("is_there", [True, False], ids=["by_the_run", "without_a_sif"])

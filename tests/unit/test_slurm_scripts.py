@@ -36,6 +36,17 @@ def login_node(tmp_path: Path) -> dict[str, str]:
     return {"PATH": path, "NANOCHAT_HOME": str(scratch / "nanochat")}
 
 
+def nanochat_sh(login_node: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    script = ROOT / "infra" / "slurm" / "nanochat.sh"
+    return subprocess.run(["bash", script, *words], env=login_node, capture_output=True, text=True)
+
+
+def stand_in(login_node: dict[str, str], name: str, body: str) -> None:
+    tool = Path(login_node["PATH"].partition(":")[0]) / name
+    tool.write_text(f"#!/bin/bash\n{body}\n")
+    tool.chmod(0o755)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -48,10 +59,7 @@ def login_node(tmp_path: Path) -> dict[str, str]:
     ],
 )
 def test_the_login_nodes_script(login_node: dict[str, str], words: str, said: list[str]) -> None:
-    script = ROOT / "infra" / "slurm" / "nanochat.sh"
-    done = subprocess.run(
-        ["bash", script, *words.split()], env=login_node, capture_output=True, text=True
-    )
+    done = nanochat_sh(login_node, *words.split())
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line and line != "queue:"]
     assert len(lines) == len(said), done.stdout
@@ -68,10 +76,7 @@ def test_a_stop_that_fails_ends_the_chain_all_the_same(
     run.mkdir()
     (run / ("spec.json" if has_begun else "slurm.jsonl")).write_text("{}\n")
     (tmp_path / "fails").touch()
-    script = ROOT / "infra" / "slurm" / "nanochat.sh"
-    done = subprocess.run(
-        ["bash", script, "stop", "a"], env=login_node, capture_output=True, text=True
-    )
+    done = nanochat_sh(login_node, "stop", "a")
     assert "scancel --user=student --name=nanochat-a" in done.stdout, done.stderr
     assert done.returncode == (1 if has_begun else 0)
     assert ("nanochat stop a" in done.stdout) == has_begun
@@ -99,3 +104,27 @@ def test_a_sif_is_made_beside_a_relative_path(tmp_path: Path) -> None:
     assert all(folder.startswith(f"{tmp_path}/out/.sif.") for folder in seen)
     made = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert made == ["my.sif", "my.sif.sha256"]
+
+
+@pytest.mark.parametrize("words", ["status", "status b", "status --json b"])
+def test_a_controller_that_does_not_answer_hides_no_run(
+    login_node: dict[str, str], words: str
+) -> None:
+    stand_in(login_node, "squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    done = nanochat_sh(login_node, *words.split())
+    assert done.returncode == 0 and f"nanochat {words}" in done.stdout
+    stopped = nanochat_sh(login_node, "stop", "b")
+    assert stopped.returncode == 1 and "scancel --name=nanochat-b" in stopped.stderr
+
+
+def test_sbatch_gets_the_script_whatever_is_asked_for(
+    login_node: dict[str, str], tmp_path: Path
+) -> None:
+    script, launch = "#SBATCH --job-name=nanochat-c", ("launch", "@c.toml", "--to", "slurm")
+    stand_in(login_node, "apptainer", f"[[ $* != *--json* ]] && echo '{script}'")
+    stand_in(login_node, "squeue", "exit 0")
+    stand_in(login_node, "sbatch", f"cat > {tmp_path}/given; echo 7")
+    done = nanochat_sh(login_node, *launch, "--json")
+    assert (done.returncode, (tmp_path / "given").read_text()) == (0, f"{script}\n")
+    refused = nanochat_sh(login_node, *launch, "--ssh", "me@login")
+    assert refused.returncode == 78 and "without --ssh" in refused.stderr

@@ -12,12 +12,15 @@ import pytest
 from entrypoint import build_parser
 from infra import budget, hardware, planner, verbs
 from infra.console import Console
+from infra.meter import Price
 from infra.pointer import point_to
 from infra.supervisor import Supervisor
 from infra.verbs import SAVES_IN_GRACE, _stop_grace_s
 from nanochat.rundir import RunDir, RunDirError, atomic_write_json, read_jsonl
 from nanochat.spec import load_spec
 from tests.unit.test_supervisor import make_spec
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_stop_waits_for_a_fresh_checkpoint(tmp_path: Path) -> None:
@@ -96,3 +99,19 @@ def test_a_rehearsal_that_counts_other_memory_refuses_the_plan(
     if not is_near:
         assert "the rehearsal of base_train" in document["reasons"][0]
         assert "base_train.device_batch_size below the planned 32" in document["reasons"][0]
+
+
+def test_machines_that_cannot_run_it_use_the_budget_too(tmp_path: Path) -> None:
+    """A controller that tries one unfit pod after the other has no other bound."""
+    run, now = RunDir(tmp_path / "r"), time.time()
+    spec = load_spec(ROOT / "configs" / "smoke.toml", ["budget.max_usd=5.0"])
+
+    def unfit(pod: str | None) -> bool:
+        price = Price(21.52, "plan", pod, billed_from=now - 600.0)
+        return verbs._is_spent_unstarted(spec, run, price)
+
+    assert not unfit(None), "a machine that is not rented costs nothing"
+    assert not list(read_jsonl(run.ledger_file))
+    assert [unfit(f"p{n}") for n in range(3)] == [False, True, True]
+    usd, _ = budget.spent(read_jsonl(run.ledger_file), time.time())
+    assert usd == pytest.approx(3 * 21.52 / 6, rel=0.15)
