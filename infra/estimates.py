@@ -13,7 +13,7 @@ from infra.hardware import GIB, Offer, cores_here
 from infra.memory import Layout
 from infra.throughput import decode_s, forward_s
 from nanochat.scaling import GPTConfig, checkpoint_bytes
-from nanochat.spec import Data, RunSpec, TrainStage
+from nanochat.spec import TRAIN_STAGES, Data, RunSpec, TrainStage
 from nanochat.touches import package_lock, published_paths
 
 BOOT_S = 600.0
@@ -201,21 +201,44 @@ class CheckpointForecast:
         return {name: round(getattr(self, name) / GIB, 3) for name in names}
 
 
+def num_saves(num_steps: int, hours: float, eval_every_steps: int, every_s: float) -> int:
+    """Checkpoints that a stage writes: one before every look behind step 0, and between two looks
+    one at the first step that ends more than every_s seconds after the last."""
+    step_s = 3600 * hours / num_steps
+    apart = math.ceil(every_s / step_s)
+
+    def up_to_look(steps: int) -> int:
+        return 1 + (steps - 1) // apart
+
+    whole, rest = divmod(num_steps, eval_every_steps)
+    return whole * up_to_look(eval_every_steps) + (up_to_look(rest) if rest else 0)
+
+
 def forecast_checkpoints(
-    spec: RunSpec, c: GPTConfig, layout: Layout, offer: Offer, stage_hours: list[float]
+    spec: RunSpec,
+    c: GPTConfig,
+    layout: Layout,
+    offer: Offer,
+    lengths: dict[str, tuple[int, float]],
 ) -> CheckpointForecast:
-    """What the training stages write, for stages of so many hours."""
+    """What the stages write and what pruning leaves of it (checkpoint_dir.steps_to_keep).
+
+    lengths: (steps, hours) of each stage that writes. chat_rl has no validation loss, so no best.
+    """
     weights, state = checkpoint_bytes(c)
     each = float(weights + state)
     policy, every_s = spec.checkpoint, spec.budget.checkpoint_every_s
     written = kept = 0.0
-    for hours in stage_hours:
-        copies = math.floor(hours * 3600 / every_s) + 1
-        stays = policy.keep_last + policy.keep_best
+    for name, (num_steps, hours) in lengths.items():
+        eval_every_steps = getattr(spec, name).eval_every_steps
+        copies = num_saves(num_steps, hours, eval_every_steps, every_s)
+        last = min(copies, policy.keep_last)
+        # with one look alone, the best checkpoint is the newest
+        has_best = name in TRAIN_STAGES and num_steps > eval_every_steps
+        older = int(policy.keep_best and has_best)
         if policy.keep_every_h is not None:
-            stays += math.floor(hours / policy.keep_every_h)
-        thinned = weights if policy.thin_old else each
-        kept += each + (min(copies, stays) - 1) * thinned
+            older += math.ceil(hours / policy.keep_every_h) + 1
+        kept += last * each + min(copies - last, older) * (weights if policy.thin_old else each)
         written += copies * each
     write_s = each / VOLUME_BYTES_PER_S[offer.cpu]
     stall_s = each / layout.world_size / COPY_BYTES_PER_S[offer.cpu]

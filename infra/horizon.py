@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.budget import fraction_used
-from nanochat.rundir import RunDir, atomic_write_json
-from nanochat.spec import STAGES, RunSpec
+from nanochat.rundir import RunDir, atomic_write_json, read_json
+from nanochat.spec import STAGES, WEIGHT_STAGES, RunSpec
 
 REPLAN_STEPS = 50
 """Steps whose median is the speed of a stage."""
@@ -19,6 +19,10 @@ REPLAN_STEPS = 50
 SAVE_FACTOR = 2.0
 """A save while others write to the same volume, against the last measured one."""
 LEAST_SAVE_S = 1.0
+LOOKS = ("eval_s", "sample_s")
+"""What a stage tells of its last acts beside the save, in seconds; not every stage has both."""
+TRACKER_CLOSE_S = 10.0
+"""Most that each tracker holds a stage's end: trackers.CLOSE_TIMEOUT_S, a module that has torch."""
 LEAST_REPORT_S = 3.0
 REPORT_FACTOR = 2.0
 """The report must be there at the end, and its imports and plots are not sped up by GPUs."""
@@ -33,10 +37,42 @@ class StageClock:
         training = plan.get("stages", ())
         stages = [*training, *plan.get("other_stages", ())]
         self._planned_s = {s["stage"]: 3600.0 * float(s["hours"] or 0.0) for s in stages}
-        self._planned_step_s = {
-            s["stage"]: s["total_batch_size"] / s["tokens_per_s"] for s in training
+        self._planned_step_s: dict[str, float] = {
+            s["stage"]: float(s["total_batch_size"] / s["tokens_per_s"]) for s in training
         }
         self._step_ratio: dict[str, float] = {}
+        self._last_acts_s: dict[str, dict[str, float]] = {}
+        self._guessed_save_s: dict[str, float] = {}
+
+    def begin(self, stage: str) -> None:
+        """Before a process of `stage`: read what earlier ones took, and forget their horizon.
+
+        The time that has passed since they told it is not the stage's.
+        """
+        self._horizon_file(stage).unlink(missing_ok=True)
+        self._guessed_save_s.pop(stage, None)
+        known = read_json(self._last_acts_file(stage))
+        self._last_acts_s.setdefault(stage, known if isinstance(known, dict) else {})
+
+    def note_last_acts(self, stage: str, progress: dict[str, Any]) -> None:
+        """Remember over restarts how long the last acts of a stage took when it did them before.
+
+        progress: what the present process of the stage tells. Its first save_s is a guess from a
+        probe; another one is measured. Raises OSError where it cannot be written.
+        """
+        told_s = {act: progress[act] for act in LOOKS if progress.get(act) is not None}
+        save_s = progress.get("save_s")
+        if save_s is not None and save_s != self._guessed_save_s.setdefault(stage, save_s):
+            told_s["save_s"] = save_s
+        known_s = self._last_acts_s.get(stage, {})
+        if told_s.items() <= known_s.items():
+            return
+        self._last_acts_s[stage] = known_s | told_s
+        atomic_write_json(self._last_acts_file(stage), self._last_acts_s[stage])
+
+    def planned_step_s(self, stage: str) -> float:
+        """Seconds of a step as planned; 0 where the plan has none."""
+        return self._planned_step_s.get(stage, 0.0)
 
     def reserve_s(self, stage: str) -> float:
         """Seconds before the end of the budget at which `stage` has to stop.
@@ -98,12 +134,11 @@ class StageClock:
             {"time": time.time(), "fraction": fraction, "fraction_per_s": per_s},
         )
 
-    def forget_horizon(self, stage: str) -> None:
-        """Remove what an earlier process told: time that has passed since is not the stage's."""
-        self._horizon_file(stage).unlink(missing_ok=True)
-
     def _horizon_file(self, stage: str) -> Path:
         return self._run.path / "stages" / f"{stage}.horizon.json"
+
+    def _last_acts_file(self, stage: str) -> Path:
+        return self._run.path / "stages" / f"{stage}.last_acts.json"
 
     def _expected_s(self, stage: str) -> float:
         planned_s = self._planned_s.get(stage, 0.0) * self._slowness()
@@ -127,7 +162,13 @@ class StageClock:
                 yield stage, outcome.seconds
 
     def _end_s(self, stage: str) -> float:
-        """Seconds from the last step of a stage to its end: a save, a look at the validation."""
-        progress = self._run.progress(stage)
-        save_s = SAVE_FACTOR * float(progress.get("save_s") or 0.0)
-        return max(LEAST_SAVE_S, save_s) + float(progress.get("eval_s") or 0.0)
+        """Seconds from the last step of a stage to its outcome: a save, looks, the trackers."""
+        told, known = self._run.progress(stage), self._last_acts_s.get(stage, {})
+        save_s = max(float(told.get("save_s") or 0.0), known.get("save_s", 0.0))
+        looks_s = sum(float(told.get(act) or known.get(act, 0.0)) for act in LOOKS)
+        trackers_s = self._trackers_s() if stage in WEIGHT_STAGES else 0.0
+        return max(LEAST_SAVE_S, SAVE_FACTOR * save_s) + looks_s + trackers_s
+
+    def _trackers_s(self) -> float:
+        runtime = self._spec.runtime
+        return TRACKER_CLOSE_S * sum((runtime.tensorboard, runtime.wandb != "off"))

@@ -4,6 +4,7 @@ Pure arithmetic on the numbers of scaling.resolve; plan.json of a run is its res
 """
 
 import math
+import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,7 +31,7 @@ from nanochat.scaling import (
     num_params,
     num_params_matmul,
 )
-from nanochat.spec import TRAIN_STAGES, RunSpec, SpecError, TrainStage
+from nanochat.spec import TRAIN_STAGES, WEIGHT_STAGES, RunSpec, SpecError, TrainStage
 from nanochat.touches import source_facts
 
 HOURS_PER_MONTH = 730.0
@@ -199,7 +200,7 @@ class _Sketch:
         self.layout, self.fitted = choose_layout(spec, offer, config)
         self.others = other_stages(spec, config, self.layout, offer)
         self.data_tokens = data_tokens(spec)
-        self.stall_s = forecast_checkpoints(spec, config, self.layout, offer, [0.0]).stall_s
+        self.stall_s = forecast_checkpoints(spec, config, self.layout, offer, {}).stall_s
 
     def stages(self) -> list[StagePlan]:
         """All training stages; one whose horizon is the budget gets what the others leave."""
@@ -221,11 +222,12 @@ class _Sketch:
         return min(bounds)
 
     def storage_usd_h(self) -> float:
-        """Price of the volume for the checkpoints, while the run goes on."""
+        """Price of the volume for the checkpoints, while the run goes on: for all that the policy
+        keeps of stages of any length, as a budget horizon's length follows from this price."""
         if self.offer.cpu or self.offer.usd_per_hour == 0:
             return 0.0
-        hours = [0.0 for _ in self.fitted]
-        kept = forecast_checkpoints(self.spec, self.config, self.layout, self.offer, hours).kept
+        endless = {s: (sys.maxsize, 1.0) for s in WEIGHT_STAGES if getattr(self.spec, s)}
+        kept = forecast_checkpoints(self.spec, self.config, self.layout, self.offer, endless).kept
         return kept / 1e9 * VOLUME_USD_PER_GB_MONTH / HOURS_PER_MONTH
 
     def stage_s(self, numbers: StageNumbers, num_steps: int) -> float:
@@ -288,6 +290,10 @@ def _priced(sketch: _Sketch, free_gib: float | None) -> Plan:
     stages = sketch.stages()
     hours = sum(o.hours for o in sketch.others) + sum(s.hours for s in stages)
     storage_usd = hours * sketch.storage_usd_h()
+    lengths = {s.stage: (s.num_steps, s.hours) for s in stages}
+    if sketch.spec.chat_rl is not None:
+        rl_hours = next(o.hours for o in sketch.others if o.stage == "chat_rl")
+        lengths["chat_rl"] = (sketch.spec.chat_rl.num_steps, rl_hours)
     return Plan(
         spec=sketch.spec,
         offer=sketch.offer,
@@ -296,7 +302,7 @@ def _priced(sketch: _Sketch, free_gib: float | None) -> Plan:
         stages=tuple(stages),
         others=tuple(sketch.others),
         checkpoints=forecast_checkpoints(
-            sketch.spec, sketch.config, sketch.layout, sketch.offer, [s.hours for s in stages]
+            sketch.spec, sketch.config, sketch.layout, sketch.offer, lengths
         ),
         hours=hours,
         usd=hours * sketch.offer.usd_per_hour + storage_usd,
@@ -323,7 +329,7 @@ def _refused(spec: RunSpec, offer: Offer, c: GPTConfig, reason: str) -> Plan:
         layout=layout,
         stages=(),
         others=(),
-        checkpoints=forecast_checkpoints(spec, c, layout, offer, []),
+        checkpoints=forecast_checkpoints(spec, c, layout, offer, {}),
         hours=0.0,
         usd=0.0,
         storage_usd=0.0,

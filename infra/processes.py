@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 PR_SET_PDEATHSIG = 1
+TORCHRUN = "torch.distributed.run"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """What asks a run for a stop with a checkpoint; SLURM's --signal may be either of the last two."""
 APP_DIR = Path(__file__).resolve().parent.parent
@@ -45,6 +46,7 @@ class StageProcess:
             start_new_session=True,
             preexec_fn=die_with_us if sys.platform == "linux" else None,
         )
+        self._is_launcher = TORCHRUN in command
         self._seen: dict[int, psutil.Process] = {}
 
     @property
@@ -57,10 +59,13 @@ class StageProcess:
         return self._process.poll()
 
     def dump_stacks(self) -> None:
-        """Ask every Python rank to write its stacks to the log (SIGUSR2, faulthandler)."""
+        """Ask every Python rank to write its stacks to the log (SIGUSR2, faulthandler).
+
+        torchrun is no rank: the signal would end it, and with it the ranks.
+        """
         for process in self._tree():
             try:
-                if process.pid != self.pid or len(self._seen) == 1:
+                if process.pid != self.pid or not self._is_launcher:
                     process.send_signal(signal.SIGUSR2)
             except psutil.Error:
                 continue
@@ -98,7 +103,7 @@ def stage_command(stage: str, run_dir: Path, num_ranks: int) -> list[str]:
         return [sys.executable, "-m", module, str(run_dir)]
     # else the ranks meet under the host's name, which a container without network cannot resolve
     where = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={num_ranks}"]
-    return [sys.executable, "-m", "torch.distributed.run", *where, "-m", module, str(run_dir)]
+    return [sys.executable, "-m", TORCHRUN, *where, "-m", module, str(run_dir)]
 
 
 def stage_env(num_ranks: int, num_threads: int | None) -> dict[str, str]:

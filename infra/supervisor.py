@@ -39,9 +39,11 @@ from nanochat.rundir import (
     StopReason,
     append_jsonl,
     nanochat_home,
+    newest_stage,
     read_jsonl,
 )
 from nanochat.spec import WEIGHT_STAGES, RunSpec
+from nanochat.stage import seconds_before
 
 POLL_S = 0.1
 STATUS_EVERY_S = 1.0
@@ -50,17 +52,18 @@ STARTUP_ALLOWANCE_S = 1800.0
 """Imports, loading and a cold compile (7 minutes were reported on 8 GPUs) before the first step."""
 EVALUATION_ALLOWANCE_S = 900.0
 """Between two signs of life of an evaluation or a save."""
+HANG_SAVES = 3.0
+HANG_STEPS = 10.0
 SHORTEST_HANG_S = 120.0
 KILL_MARGIN_S = 0.5
+MISSED_DEADLINE = "did not stop by the deadline"
 AFTER_FAILURE_S = 5.0
 END_OF_POD_S = 30.0
 """What a rented pod is billed for after its run: the last look of the launcher, its end."""
-CLOCK_MARGIN_S = 0.1
-"""File times are coarser than the clock: some file systems round them down."""
 
 
 class StageStopped(Exception):
-    """A stage ended because it was asked to."""
+    """A stage ended because it was asked to; says what went wrong in that, else nothing."""
 
 
 class RunEnded(Exception):
@@ -106,6 +109,9 @@ class Supervisor:
         self.signals_seen = 0
         self.stop_now = False
         self.started_s = 0.0
+        self.seconds_before = 0.0
+        """Wall clock that the present stage has had in processes before this one."""
+        self.outcome_before: tuple[int, bytes] | None = None
         self.is_full_told = False
         self._last = {"status": 0.0, "lease": 0.0, "ledger": 0.0}
 
@@ -153,11 +159,13 @@ class Supervisor:
         try:
             for stage in self.spec.stages:
                 self._run_stage(stage)
-        except StageStopped:
+        except StageStopped as e:
             if self.stop_reason is StopReason.BUDGET:
-                self._finish_budget()
-                return EXIT_BUDGET, f"budget spent; everything is saved in {self.run_dir.path}"
-            return EXIT_STOPPED, f"stopped ({self.stop_reason}) with a checkpoint; {resume}"
+                troubles = [*filter(None, [str(e), *self._finish_budget()])]
+                return EXIT_BUDGET, self._budget_message(troubles)
+            told = f": {e}" if str(e) else ""
+            kept = last_checkpoint(self.run_dir)
+            return EXIT_STOPPED, f"stopped ({self.stop_reason}){told}; {kept}; {resume}"
         except RunEnded as e:
             return e.exit_code, e.message
         except OSError:
@@ -187,7 +195,7 @@ class Supervisor:
             if outcome is not None and outcome.outcome == "failed":
                 raise _ended_by(outcome, self.run_dir)
             if self.stop_reason is not None:
-                raise StageStopped
+                raise StageStopped(f"{stage} {trouble}" if trouble else "")
             if outcome is not None and outcome.outcome == "stopped":
                 request = self.run_dir.stop_request()
                 self.stop_reason = request.reason if request else StopReason.USER
@@ -210,7 +218,9 @@ class Supervisor:
         env = stage_env(ranks, self.spec.runtime.num_threads)
         command = self.command(stage, self.run_dir.path, ranks)
         self.run_dir.outcome_file(stage).parent.mkdir(exist_ok=True)
-        self.clock.forget_horizon(stage)
+        self.clock.begin(stage)
+        self.seconds_before = seconds_before(self.run_dir, stage)
+        self.outcome_before = self._written_outcome(stage)
         process = self.start_process(command, self.run_dir.log_file(stage), env)
         self.started_s = time.time()
         trouble = ""
@@ -218,7 +228,7 @@ class Supervisor:
             while process.poll() is None:
                 self._tick(stage)
                 if self.stop_now or self._past_deadline():
-                    trouble = "did not stop by the deadline"
+                    trouble = "was ended at once" if self.stop_now else MISSED_DEADLINE
                     break
                 if self._is_over(stage):
                     break
@@ -253,8 +263,9 @@ class Supervisor:
             self.board.watch()
             status = (JobStatus.RUNNING, None, "", progress)
             self._if_there_is_space(lambda: self._write_status(*status))
+            self._if_there_is_space(lambda: self.clock.note_last_acts(stage, progress))
             self._watch_budget(stage, now)
-            self._replan(stage, now)
+            self._if_there_is_space(lambda: self._replan(stage, now))
             self._tell_progress(stage, progress, now)
         if self.stop_reason is None:
             request = self.run_dir.stop_request()
@@ -273,7 +284,8 @@ class Supervisor:
             self.stop_deadline_s = min(self.stop_deadline_s, now + left_s)
             return
         if stage == "base_train":
-            self.clock.write_horizon(stage, left_s, self._consumed_s(stage, now))
+            consumed_s = self._consumed_s(stage, now)
+            self._if_there_is_space(lambda: self.clock.write_horizon(stage, left_s, consumed_s))
         reserve_s = self.clock.reserve_s(stage)
         if left_s <= reserve_s:
             self._request_stop(StopReason.BUDGET, min(left_s, max(reserve_s, 1.0)))
@@ -308,10 +320,10 @@ class Supervisor:
         return max(0.0, left_s - END_OF_POD_S)
 
     def _consumed_s(self, stage: str, now: float) -> float:
-        """Wall clock that a stage has had, over all restarts."""
-        outcome = self.run_dir.outcome(stage)
+        """Wall clock that a stage has had, over all restarts, the time between them aside."""
+        outcome = self._outcome(stage)
         if outcome is None:
-            return 0.0
+            return self.seconds_before
         since = float(outcome.facts.get("since", now)) if outcome.outcome == "running" else now
         return outcome.seconds + max(0.0, now - since)
 
@@ -333,24 +345,39 @@ class Supervisor:
         return time.time() - self.run_dir.outcome_file(stage).stat().st_mtime > AFTER_FAILURE_S
 
     def _outcome(self, stage: str) -> Outcome | None:
-        """What the present process of a stage has left, not one before it."""
-        outcome = self.run_dir.outcome(stage)
-        if outcome is None:
+        """What the present process of a stage has left, not one before it.
+
+        Told apart by what has changed: a file server's clock may be behind this machine's.
+        """
+        if self._written_outcome(stage) == self.outcome_before:
             return None
-        written_s = self.run_dir.outcome_file(stage).stat().st_mtime
-        return outcome if written_s >= self.started_s - CLOCK_MARGIN_S else None
+        return self.run_dir.outcome(stage)
+
+    def _written_outcome(self, stage: str) -> tuple[int, bytes] | None:
+        """(time by the file server's clock in ns, content) of a stage's outcome file."""
+        file = self.run_dir.outcome_file(stage)
+        try:
+            return file.stat().st_mtime_ns, file.read_bytes()
+        except FileNotFoundError:
+            return None
 
     def _is_hung(self, stage: str) -> bool:
         silence_s = time.time() - max(self.started_s, self.run_dir.last_sign_s(stage) or 0.0)
-        return silence_s > hang_limit_s(self._progress(stage), self.spec.runtime.hang_s)
+        planned_step_s = self.clock.planned_step_s(stage)
+        hang_s = self.spec.runtime.hang_s
+        return silence_s > hang_limit_s(self._progress(stage), hang_s, planned_step_s)
 
     def _progress(self, stage: str) -> dict[str, Any]:
         """What the stage's present process has told; empty before its first word."""
         progress = self.run_dir.progress(stage)
         return progress if progress.get("time", 0.0) >= self.started_s else {}
 
-    def _finish_budget(self) -> None:
-        """After a stop by the budget: evaluate what there is in the time left, and report."""
+    def _finish_budget(self) -> list[str]:
+        """After a stop by the budget: evaluate what there is in the time left, and report.
+
+        Returns what went wrong in that.
+        """
+        troubles = []
         for stage in ("evaluate", "report"):
             if getattr(self.spec, stage) is None or self.run_dir.is_done(stage):
                 continue
@@ -360,10 +387,18 @@ class Supervisor:
                 continue
             self.run_dir.clear_stop()
             self.stage, self.stop_reason = stage, None
-            self._run_once(stage)
+            _, trouble = self._run_once(stage)
+            troubles.append(f"{stage} {trouble}" if trouble else "")
             # done again, with what is new, when the run goes on
             self.run_dir.outcome_file(stage).unlink(missing_ok=True)
         self.stop_reason = StopReason.BUDGET
+        return troubles
+
+    def _budget_message(self, troubles: list[str]) -> str:
+        if not troubles:
+            return f"budget spent; everything is saved in {self.run_dir.path}"
+        told, kept = ", ".join(troubles), last_checkpoint(self.run_dir)
+        return f"budget spent: {told}; {kept} in {self.run_dir.path}"
 
     # -- files
 
@@ -489,17 +524,33 @@ class Supervisor:
         return restore
 
 
-def hang_limit_s(progress: dict[str, Any], hang_s: float | None) -> float:
+def hang_limit_s(
+    progress: dict[str, Any], hang_s: float | None, planned_step_s: float = 0.0
+) -> float:
     """Seconds without a sign of life after which a stage counts as hung.
 
-    Derived from the median step; loading and compiling, evaluating and saving have allowances of
-    their own. `hang_s` of the spec replaces the limit of the steps.
+    Derived from the median step, until there is one from the planned one; loading and compiling,
+    evaluating and saving have allowances of their own. `hang_s` of the spec replaces the limit of
+    the steps, and raises the others.
     """
     phase = progress.get("phase", "start")
     if phase in ("start", "load", "compile"):
-        return STARTUP_ALLOWANCE_S
-    step_limit_s = hang_s or max(10.0 * float(progress.get("median_step_s", 0.0)), SHORTEST_HANG_S)
-    return step_limit_s if phase == "train" else max(step_limit_s, EVALUATION_ALLOWANCE_S)
+        return max(STARTUP_ALLOWANCE_S, hang_s or 0.0, HANG_STEPS * planned_step_s)
+    step_s = float(progress.get("median_step_s") or planned_step_s)
+    step_limit_s = hang_s or max(HANG_STEPS * step_s, SHORTEST_HANG_S)
+    if phase == "train":
+        return step_limit_s
+    save_s = float(progress.get("save_s") or 0.0) if phase == "save" else 0.0
+    return max(step_limit_s, EVALUATION_ALLOWANCE_S, HANG_SAVES * save_s)
+
+
+def last_checkpoint(run: RunDir) -> str:
+    """The newest checkpoint that a run can go on from, in words."""
+    stage = newest_stage(run, WEIGHT_STAGES)
+    if stage is None:
+        return "no complete checkpoint yet"
+    step = (run.checkpoints_dir(stage) / "latest").read_text().strip().removeprefix("step_")
+    return f"last complete checkpoint: {stage} step {int(step)}"
 
 
 def _ended_by(outcome: Outcome, run: RunDir) -> RunEnded:

@@ -28,7 +28,7 @@ def refusals(plan: "Plan") -> list[str]:
 
 def warnings(plan: "Plan") -> list[str]:
     """What could go wrong, or could be had better for the same money."""
-    return [*_learning(plan), *_tight(plan), *_stopping(plan)]
+    return [*_learning(plan), *_tight(plan), *_stopping(plan), *_single_copy(plan)]
 
 
 def _does_not_fit(plan: "Plan") -> list[str]:
@@ -114,4 +114,16 @@ def _stopping(plan: "Plan") -> list[str]:
     return [
         f"a stop signal leaves the last complete checkpoint: a save takes about "
         f"{plan.stop['save_s']:.0f} s, stop_grace_s is {plan.spec.stop_grace_s:g}"
+    ]
+
+
+def _single_copy(plan: "Plan") -> list[str]:
+    """Where one damaged file can cost a whole stage."""
+    policy = plan.spec.checkpoint
+    older_are_full = not policy.thin_old and (policy.keep_best or policy.keep_every_h is not None)
+    if not plan.stages or policy.keep_last > 1 or older_are_full:
+        return []
+    return [
+        "a stage has one checkpoint to go on from (checkpoint.keep_last = 1), and starts over if "
+        f"that is damaged; keep_last = 2 takes {plan.checkpoints.each / GIB:.3g} GiB more"
     ]

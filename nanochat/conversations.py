@@ -3,16 +3,17 @@
 The two stages differ in their mixture, their learning rates and in whose weights they start from.
 """
 
+import math
 import shutil
 from pathlib import Path
 
 from nanochat.data import Loader, validation_set
+from nanochat.packing import num_rows
 from nanochat.prepare import Prepared, note_out_of_memory, prepare
 from nanochat.rendered import Rendered, render
 from nanochat.rundir import Outcome, RunDir
-from nanochat.scaling import num_steps_of_epochs
 from nanochat.sources import ConversationSource
-from nanochat.spec import ChatStage, SpecError
+from nanochat.spec import ChatStage
 from nanochat.tasks import Mixture, Split
 from nanochat.trainer import fit
 
@@ -29,7 +30,9 @@ def train_on_conversations(run: RunDir, stage: str, weights_from: str) -> Outcom
     held_out = _render(p, dict.fromkeys(settings.mixture, HELD_OUT_PER_TASK), "validation")
     train = _source(p, rendered)
     if settings.num_epochs is not None:
-        num_steps = num_steps_of_epochs(settings, rendered.num_tokens)
+        lengths = rendered.lengths
+        in_order = (lengths[train.order(epoch)] for epoch in range(settings.num_epochs))
+        num_steps = math.ceil(num_rows(in_order, p.numbers.seq_len) / p.numbers.rows_per_step)
         p.numbers = p.numbers.with_steps(num_steps)
         if p.dist.is_main:
             run.append_resolved("num_steps", stage=stage, num_steps=num_steps)
@@ -72,18 +75,14 @@ def _folder(p: Prepared) -> Path:
 
 
 def _render(p: Prepared, sizes: dict[str, int], split: Split) -> Rendered:
-    """The stage's conversations of a split. Raises SpecError where none has a target."""
-    seq_len = p.numbers.seq_len
+    """The stage's conversations of a split."""
 
     def say(fraction: float) -> None:
         if p.dist.is_main:
             p.run.write_progress(p.stage, "tokenize", fraction=round(fraction, 4))
 
     mixture = Mixture(sizes, split, p.spec.seed)
-    rendered = render(mixture, p.tokenizer, seq_len, _folder(p) / split, p.dist, say)
-    if rendered.num_targets == 0:
-        raise SpecError(f"no conversation of {p.stage} fits model.seq_len = {seq_len}")
-    return rendered
+    return render(mixture, p.tokenizer, _folder(p) / split, p.dist, say)
 
 
 def _source(p: Prepared, rendered: Rendered) -> ConversationSource:

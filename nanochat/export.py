@@ -96,7 +96,7 @@ def _scores(run: RunDir, stage: str) -> list[tuple[Any, ...]]:
     """Rows of the evaluation of a stage, and its last val_bpb."""
     records = [r for r in run.metrics() if r.get("stage") == stage]
     rows: list[tuple[Any, ...]] = []
-    validated = [r for r in records if "val_bpb" in r]
+    validated = [r for r in records if r.get("val_bpb") is not None]
     if validated:
         rows.append(("validation text", "bits per byte", f"{validated[-1]['val_bpb']:.4f}", ""))
     for r in records:

@@ -76,6 +76,8 @@ class Watch:
     def look_val(self, record: dict[str, Any]) -> list[str]:
         """What this validation record makes newly wrong."""
         value = record["val_bpb"]
+        if self._is_news("val", value is None):
+            return ["val_bpb is not a finite number: no checkpoint of such a look is the best"]
         if value is None:
             return []
         if value <= self._best_val * self._limits.val_rise:

@@ -96,18 +96,20 @@ def make_product(weight: Tensor) -> Product:
 
     By the processor's name and not by a timing, so that a resumed evaluation rounds as before.
     """
-    if weight.device.type != "cpu" or not can_pack():
+    if weight.device.type != "cpu" or not can_pack(weight.dtype):
         return PlainProduct(weight)
     if weight.dtype == torch.float32 and not is_amd_cpu():
         return ByRows(weight)
     return PackedProduct(weight)
 
 
-def can_pack() -> bool:
-    """Whether this build of torch has oneDNN and its operators."""
-    return torch.backends.mkldnn.is_available() and hasattr(
-        torch.ops.mkldnn, "_reorder_linear_weight"
-    )
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this build of torch has oneDNN's operators, and this processor those of the dtype."""
+    operators = torch.ops.mkldnn
+    has_them = torch.backends.mkldnn.is_available() and hasattr(operators, "_reorder_linear_weight")
+    if not has_them or dtype != torch.bfloat16:
+        return has_them
+    return bool(operators._is_mkldnn_bf16_supported())
 
 
 def norm_by_few(x: Tensor) -> Tensor:

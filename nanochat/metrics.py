@@ -10,8 +10,10 @@ Kinds of lines (`time_s` is Unix time; non-finite numbers are written as null):
 * event   {"stage","step","time_s","event","message",…}
 
 Only rank 0 writes. The file is append-only: after a resume the steps behind the checkpoint are
-logged again, and the last line per (stage, step, kind) wins (`RunDir.metrics`). A disk that is full
-keeps lines in memory until it has space; TensorBoard and W&B are exports (`nanochat.trackers`).
+logged again, and the last line per (stage, step, kind) wins. `RunDir.metrics` leaves out what lies
+behind the `step` of a later "start" of the stage, or the `resume_step` of a later "rollback". A
+disk that is full keeps lines in memory until it has space; TensorBoard and W&B are exports
+(`nanochat.trackers`).
 """
 
 import collections

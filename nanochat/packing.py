@@ -11,8 +11,9 @@
 * The state is small integers: positions in the source's order, no tokens.
 """
 
+import functools
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,7 +97,7 @@ class DocumentPacker:
     """Rows of whole documents, best fit.
 
     `documents` begins with the document at the state's place; `refetch(epoch, position)` brings
-    back one that waits in the state's buffer.
+    back one that waits in the state's buffer, and is called once for each.
     """
 
     def __init__(
@@ -113,9 +114,12 @@ class DocumentPacker:
         self._num_arrived = 0
         self._read_ahead: Document | None = None  # of the next epoch
         self._next = (state["epoch"], state["document"]) if state else (0, 0)
-        for epoch, position, start in state["buffer"] if state else ():
+        if state and state["buffer"]:
             assert refetch is not None
-            self._arrive(refetch(epoch, position), start)
+            # the pieces of a document wait one behind the other
+            fetch = functools.lru_cache(maxsize=1)(refetch)
+            for epoch, position, start in state["buffer"]:
+                self._arrive(fetch(epoch, position), start)
 
     def row(self) -> Row:
         """The next row; what its segments do not fill is padding. Empty: documents have ended."""
@@ -182,6 +186,22 @@ def make_packer(
         return ContinuousPacker(documents, seq_len, state)
     assert packing == "documents"
     return DocumentPacker(documents, seq_len, state, refetch)
+
+
+def num_rows(lengths: Iterable[np.ndarray], seq_len: int) -> int:
+    """Rows of whole epochs in `documents` packing.
+
+    lengths: int64 [n] for each epoch, the tokens of its documents in its order.
+    """
+    packer = DocumentPacker(_blank_documents(lengths), seq_len)
+    return sum(1 for _ in iter(packer.row, []))
+
+
+def _blank_documents(lengths: Iterable[np.ndarray]) -> Iterator[Document]:
+    for epoch, of_epoch in enumerate(lengths):
+        blank = np.zeros(of_epoch.max(initial=0), np.uint8)
+        for position, length in enumerate(of_epoch.tolist()):
+            yield Document(epoch, position, position, blank[:length], None)
 
 
 def num_row_targets(row: Row) -> int:

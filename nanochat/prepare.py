@@ -6,7 +6,7 @@ former process of this run found out on this kind of device (a batch that did no
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -130,10 +130,26 @@ class Prepared:
         return self.numbers.device_batch_size
 
 
+@contextlib.contextmanager
+def _room_for_the_model() -> Iterator[None]:
+    """Raises StageFailed where memory runs out in here: no smaller batch would help."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+        raise StageFailed(
+            f"out of memory while the model is built: {e}. Use a smaller model.depth, or a GPU "
+            "with more memory"
+        ) from e
+
+
+@_room_for_the_model()
 def prepare(run: RunDir, stage: str, weights_from: str | None = None) -> Prepared:
     """Build everything for a training stage of a run; weights of the stage before, where named.
 
-    Raises RunDirError, SpecError, or CheckpointError when there is nothing to start from.
+    Raises RunDirError, SpecError, CheckpointError when there is nothing to start from, or
+    StageFailed when there is no memory for it.
     """
     spec, plan = run.spec(), run.plan()
     dist = distributed.init(distributed.pick_device(spec.runtime.device))

@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,6 @@ class Block:
     path: Path
     num_conversations: int
     num_tokens: int
-    num_targets: int
     digest: str
 
     @functools.cached_property
@@ -61,7 +61,11 @@ class Rendered(Sequence[tuple[np.ndarray, np.ndarray]]):
         self._blocks = list(blocks)
         self._ends = np.cumsum([b.num_conversations for b in blocks]).tolist()
         self.num_tokens = sum(b.num_tokens for b in blocks)
-        self.num_targets = sum(b.num_targets for b in blocks)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [number of conversations]: tokens of each."""
+        return np.concatenate([np.diff(b.offsets) for b in self._blocks])
 
     @property
     def fingerprint(self) -> str:
@@ -87,17 +91,16 @@ class Rendered(Sequence[tuple[np.ndarray, np.ndarray]]):
 def render(
     mixture: Mixture,
     tokenizer: TokenizerLike,
-    max_tokens: int,
     folder: Path,
     dist: Dist,
     on_progress: Callable[[float], None],
 ) -> Rendered:
-    """All conversations of a mixture, cut to `max_tokens` each; the ranks share the work.
+    """All conversations of a mixture, whole; the ranks share the work.
 
     folder: on a volume that all ranks share; blocks of another mixture there are removed.
     on_progress: told the share that is done. Every rank has to call it.
     """
-    key = json.dumps([mixture.key, tokenizer.fingerprint, max_tokens])
+    key = json.dumps([mixture.key, tokenizer.fingerprint])
     home = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
     if dist.is_main:
         for other in folder.glob("*"):
@@ -111,7 +114,7 @@ def render(
     for number in own:
         if _read_block(paths[number]) is None:
             indices = range(starts[number], min(starts[number] + CHUNK, len(mixture)))
-            rendered = [render_conversation(tokenizer, mixture[i], max_tokens) for i in indices]
+            rendered = [render_conversation(tokenizer, mixture[i], sys.maxsize) for i in indices]
             _write_block(paths[number], rendered)
         on_progress((number + 1) / len(starts))
     if own:
@@ -135,7 +138,6 @@ def _write_block(path: Path, rendered: list[tuple[list[int], list[int]]]) -> Non
     facts = {
         "num_conversations": len(rendered),
         "num_tokens": len(tokens),
-        "num_targets": int(np.count_nonzero(tokens & TARGET_BIT)),
         "digest": hashlib.blake2b(body, digest_size=16).hexdigest(),
     }
     staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")

@@ -403,14 +403,31 @@ class RunDir:
     def metrics(self) -> list[dict[str, Any]]:
         """metrics.jsonl with the last line per (stage, step, kind) only, in order of writing.
 
-        So a step logged again after a resume replaces the line of the killed run.
+        So a step logged again after a resume replaces the line of the killed run. What a stage had
+        measured behind the checkpoint that it went on from is left out, as it may never be logged
+        again: those steps are not in its weights. Events stay.
         """
         last: dict[tuple[Any, ...], dict[str, Any]] = {}
         for record in read_jsonl(self.metrics_file):
+            if (step := _resume_step(record)) is not None:
+                stage = record.get("stage")
+                last = {k: r for k, r in last.items() if not _is_behind(r, stage, step)}
             key = (record.get("stage"), record.get("step"), _kind(record))
             last.pop(key, None)
             last[key] = record
         return list(last.values())
+
+
+def _resume_step(record: dict[str, Any]) -> int | None:
+    """Step that the stage goes on from after this line; None for all but starts and roll-backs."""
+    return record.get("step" if record.get("event") == "start" else "resume_step")
+
+
+def _is_behind(record: dict[str, Any], stage: str | None, step: int) -> bool:
+    """Whether a line is a measurement of the stage behind a step."""
+    return (
+        record.get("stage") == stage and "event" not in record and (record.get("step") or 0) > step
+    )
 
 
 def _kind(record: dict[str, Any]) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ AUTO_MICRO_BATCH_TOKENS = 16_384
 """Tokens of a forward pass where nothing but the schedule bounds it: enough to fill a CPU."""
 
 CONVERSATION_TOKENS = {"smoltalk": 900, "mmlu_aux": 140, "gsm8k": 250}
-"""Rough tokens per conversation, used for plans only; a stage counts what it has rendered."""
+"""Rough tokens per conversation, for plans only: a stage packs what it has rendered."""
 DEFAULT_CONVERSATION_TOKENS = 48
 
 
@@ -201,7 +201,9 @@ def _num_steps(spec: RunSpec, name: str) -> int | None:
     if stage.num_steps is not None:
         return int(stage.num_steps)
     if isinstance(stage, ChatStage):
-        return num_steps_of_epochs(stage, mixture_tokens(stage.mixture))
+        assert stage.num_epochs is not None
+        num_tokens = stage.num_epochs * mixture_tokens(stage.mixture)
+        return max(1, math.ceil(num_tokens / stage.total_batch_size))
     if stage.horizon == "budget":
         return None
     num_tokens = stage.tokens_per_param * num_params(gpt_config(spec.model))
@@ -213,12 +215,6 @@ def mixture_tokens(mixture: dict[str, int]) -> int:
     return sum(
         n * CONVERSATION_TOKENS.get(t, DEFAULT_CONVERSATION_TOKENS) for t, n in mixture.items()
     )
-
-
-def num_steps_of_epochs(stage: ChatStage, num_tokens: int) -> int:
-    """Steps that pass `num_tokens` tokens num_epochs times."""
-    assert stage.num_epochs is not None
-    return max(1, math.ceil(stage.num_epochs * num_tokens / stage.total_batch_size))
 
 
 def lr_scale(start: float, end: float, stage: TrainStage) -> float:

@@ -269,14 +269,15 @@ class ConversationSource:
         """`fingerprint` names the conversations; unset, it is made from all of them."""
         self._rendered = rendered
         self._seed = seed
-        self._order = functools.lru_cache(maxsize=2)(self._make_order)
+        self.order = functools.lru_cache(maxsize=2)(self._make_order)
+        """epoch -> int64 [num_documents]: numbers of the conversations, in its order."""
         self.num_documents = len(rendered)
         self.bos_id = bos_id
         named = fingerprint or _digest([[np.asarray(p).tolist() for p in r] for r in rendered])
         self.fingerprint = _digest("conversations", named, len(rendered), seed)
 
     def fetch(self, epoch: int, start: int, stop: int) -> Documents:
-        ids = self._order(epoch)[start:stop]
+        ids = self.order(epoch)[start:stop]
         rendered = [self._rendered[i] for i in ids.tolist()]
         tokens = [np.asarray(r[0], dtype=np.int32) for r in rendered]
         assert all(len(t) > 0 and t[0] == self.bos_id for t in tokens)

@@ -57,7 +57,7 @@ def run_stage(name: str, main: Callable[[RunDir], Outcome | dict[str, Any] | Non
     live_and_die_with_parent()
     stop_on_signals(run, is_alone=os.environ.get("WORLD_SIZE", "1") == "1")
     install_guard()
-    before_s = _seconds_before(run, name)
+    before_s = seconds_before(run, name)
     started = time.monotonic()
     if is_rank_0:
         run.create()
@@ -157,7 +157,7 @@ def _write_first_failure(run: RunDir, outcome: Outcome) -> None:
         run.write_outcome(outcome)
 
 
-def _seconds_before(run: RunDir, name: str) -> float:
+def seconds_before(run: RunDir, name: str) -> float:
     """Wall clock that earlier processes of this stage have used, the killed ones too."""
     before = run.outcome(name)
     if before is None:

@@ -67,6 +67,7 @@ class Position:
     looks_since_best: int = 0
     validated_step: int | None = None
     last_bpb: float | None = None
+    """Of the look at validated_step; None where it was not finite."""
     first_bpb: float | None = None
     trained_s: float = 0.0
 
@@ -176,11 +177,13 @@ def fit(
         target = state()
         loaded = checkpointer.load_latest(target)
         # a look or a stop may have saved weights of a spike before it was known to be one
-        while loaded and left_out.intersection(loaded.extra["position"]["high"]):
+        while loaded and held_by(loaded):
             if not _from_rank_0(dist, (_has_older(checkpointer, loaded.step),))[0]:
                 break
+            skipped = loaded.skipped
             checkpointer.discard_after(loaded.step - 1)
             loaded = checkpointer.load_latest(target)
+            loaded = loaded and replace(loaded, skipped=[*skipped, *loaded.skipped])
         if loaded is not None:
             optimizer.load_state_dict(target["optimizer"])
             at, cursor = Position(**loaded.extra["position"]), loaded.extra["cursor"]
@@ -189,6 +192,21 @@ def fit(
             if loaded.rank_extra is not None:
                 set_rng_state(loaded.rank_extra["rng"])
         return loaded
+
+    def held_by(loaded: LoadedCheckpoint) -> list[int]:
+        """Batches that are left out and yet in the weights of a checkpoint."""
+        return sorted(left_out.intersection(loaded.extra["position"]["high"]))
+
+    def note_loaded(loaded: LoadedCheckpoint) -> None:
+        """Log what is wrong with the checkpoint taken, and with those that were not."""
+        for skipped in loaded.skipped:
+            metrics.log_event("corrupt_checkpoint", skipped)
+        if held := held_by(loaded):
+            reason = f"the only checkpoint, of step {loaded.step}, was saved within a spike"
+            if dist.is_main:
+                bad = {"step": loaded.step, "batches": held, "reason": reason}
+                run.append_resolved("rollback_incomplete", stage=stage, **bad)
+            metrics.log_event("warning", f"{reason}: its weights hold batches {held}")
 
     def say(phase: str, at_once: bool = True, **facts: Any) -> None:
         nonlocal said_s
@@ -209,8 +227,8 @@ def fit(
     checkpointer.probe_write(sum(checkpoint_bytes(model.config)))
     loaded = load()
     metrics = open_metrics(loaded.step if loaded else None)
-    for skipped in loaded.skipped if loaded else ():
-        metrics.log_event("corrupt_checkpoint", skipped)
+    if loaded is not None:
+        note_loaded(loaded)
     checkpointer.prepare(state())
     loader = make_loader(cursor)
     step_times_s: deque[float] = deque(maxlen=50)
@@ -249,16 +267,7 @@ def fit(
                 continue
             eval_s = time.monotonic() - started_s
             metrics.log_val(at.step, val_bpb=bpb)
-            is_best = at.best_bpb is None or bpb < at.best_bpb
-            at = replace(
-                at,
-                validated_step=at.step,
-                last_bpb=bpb,
-                first_bpb=bpb if at.first_bpb is None else at.first_bpb,
-                best_bpb=bpb if is_best else at.best_bpb,
-                best_step=at.step if is_best else at.best_step,
-                looks_since_best=0 if is_best else at.looks_since_best + 1,
-            )
+            at = _after_look(at, bpb)
             if at.step > 0:
                 checkpointer.note_val_bpb(at.step, bpb)
             patience = settings.early_stop_patience
@@ -327,7 +336,6 @@ def fit(
             bad: dict[str, Any] = {"step": at.step, "batches": list(high), "reason": message}
             if dist.is_main:
                 run.append_resolved("rollback", stage=stage, **bad)
-            metrics.log_event("rollback", f"{message}; left out: batches {bad['batches']}")
             # twice bad right behind one checkpoint: it is not a good one
             begun = _begun(bad)
             is_suspect = bool(near) and _begun(near[-1]) == begun in _resumable(checkpointer)
@@ -337,8 +345,17 @@ def fit(
             rollbacks.append(bad)
             left_out.update(bad["batches"])
             loader.close()
-            if load() is None:
+            loaded = load()
+            held = held_by(loaded) if loaded else []
+            out = [b for b in bad["batches"] if b not in held]
+            metrics.log_event(
+                "rollback",
+                f"{message}; left out: batches {out}",
+                resume_step=loaded.step if loaded else 0,
+            )
+            if loaded is None:
                 return Outcome(stage=stage, outcome="again", message=f"{message}; from the start")
+            note_loaded(loaded)
             loader = make_loader(cursor)
             continue
         optimizer.set_lr_scale(scale)
@@ -464,6 +481,20 @@ def _has_older(checkpointer: Checkpointer, step: int) -> bool:
 def _begun(rollback: dict[str, Any]) -> int:
     """Step whose weights met the first of the batches that a roll-back leaves out."""
     return int(rollback["step"]) - len(rollback["batches"]) + 1
+
+
+def _after_look(at: Position, bpb: float) -> Position:
+    """The position after a look at the validation loss; one that is not finite is never a best.
+
+    Patience is for looks since a best, so it waits for the first one.
+    """
+    known = bpb if math.isfinite(bpb) else None
+    if known is not None and (at.best_bpb is None or known < at.best_bpb):
+        at = replace(at, best_bpb=known, best_step=at.step, looks_since_best=0)
+    elif at.best_bpb is not None:
+        at = replace(at, looks_since_best=at.looks_since_best + 1)
+    first = known if at.first_bpb is None else at.first_bpb
+    return replace(at, validated_step=at.step, last_bpb=known, first_bpb=first)
 
 
 def _is_high(loss: float, at: Position, spike_nats: float) -> bool:

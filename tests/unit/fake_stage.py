@@ -2,7 +2,8 @@
 
 `fake_stage.py STAGE RUN_DIR`; the plan maps a stage to a list of acts, one per attempt:
 done, stopped_when_asked, fail:CODE, die, hang, again, ignore_stop, step_s:SECONDS (tells its speed,
-then waits for a stop), vanish (takes the run directory along).
+then waits for a stop), vanish (takes the run directory along), done_behind (by the clock of a file
+server that is a minute late).
 """
 
 import json
@@ -52,3 +53,5 @@ elif act == "again":
     run.write_outcome(Outcome(stage=stage, outcome="again", message="smaller"))
 else:
     run.write_outcome(Outcome(stage=stage, outcome="done"))
+    if act == "done_behind":
+        os.utime(run.outcome_file(stage), (time.time() - 60.0,) * 2)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from nanochat.bpb import bigram_bpb, evaluate_bpb
 from nanochat.corpus import DataFile
 from nanochat.data import IGNORE_INDEX, Loader, StepBatch, flat_tokens, validation_set
-from nanochat.packing import BUFFER_PIECES
+from nanochat.packing import BUFFER_PIECES, num_rows
 from nanochat.sources import ConversationSource, Documents, ParquetSource, permutation
 from nanochat.spec import SpecError
 from tests.unit.byte_tokenizer import ByteTokenizer
@@ -307,6 +307,33 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
 
 
 # -- conversations
+
+
+@settings(max_examples=40, deadline=None)
+@given(stream=streams, num_epochs=st.integers(1, 3))
+def test_rows_are_counted_from_lengths_alone(stream: dict, num_epochs: int) -> None:
+    """All of the last of these rows is of the last epoch, and the row behind it of the next."""
+    source = NumberedSource(stream["lengths"], stream["seed"])
+    orders = [permutation(source.num_documents, stream["seed"], e) for e in range(num_epochs)]
+    lengths = np.array(stream["lengths"])
+    count = num_rows((lengths[order] for order in orders), stream["seq_len"])
+    batches = steps(
+        source, count + 1, seq_len=stream["seq_len"], rows_per_step=1, packing="documents"
+    )
+    tokens = [batch.num_tokens for batch in batches]
+    assert sum(tokens[:-1]) == num_epochs * lengths.sum() and tokens[-1] > 0
+
+
+def test_a_document_that_waits_in_pieces_is_fetched_once_on_resume() -> None:
+    source = NumberedSource([900, 7, 800], seed=None)
+    [first] = steps(source, 1, seq_len=16, rows_per_step=4, packing="documents")
+    waiting = {position for _, position, _ in first.cursor["buffer"]}
+    assert len(first.cursor["buffer"]) > 90 and len(waiting) == 3
+    fetched: list[int] = []
+    fetch = source.fetch
+    source.fetch = lambda e, a, b: fetched.extend(range(a, b)) or fetch(e, a, b)  # type: ignore
+    steps(source, 0, seq_len=16, rows_per_step=4, packing="documents", cursor=first.cursor)
+    assert sorted(fetched) == sorted(waiting)
 
 
 @pytest.mark.parametrize("packing", ["continuous", "documents"])

@@ -186,11 +186,12 @@ def test_fast_float32_kernels_are_taken_only_where_they_are_exact(
     amd: bool, rounds_to_bf16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # torch's default
     monkeypatch.setattr(distributed, "is_amd_cpu", lambda: amd)
     monkeypatch.setattr(distributed, "_product_error", lambda: 4e-3 if rounds_to_bf16 else 8e-7)
     try:
         distributed.choose_float32_kernels("cpu")
-        expected = "medium" if amd and not rounds_to_bf16 else before
+        expected = "medium" if amd and not rounds_to_bf16 else "highest"
         assert torch.get_float32_matmul_precision() == expected
     finally:
         torch.set_float32_matmul_precision(before)

@@ -36,8 +36,8 @@ def model(request: pytest.FixtureRequest) -> GPT:
 @pytest.fixture(params=["packed", "plain"])
 def arranged(request: pytest.FixtureRequest, model: GPT, monkeypatch) -> Inference:  # type: ignore[no-untyped-def]
     if request.param == "plain":
-        monkeypatch.setattr(inference, "can_pack", lambda: False)
-    elif not can_pack():
+        monkeypatch.setattr(inference, "can_pack", lambda _: False)
+    elif not can_pack(torch.float32):
         pytest.skip("this torch has no oneDNN")
     made = Inference(model, torch.float32)
     assert isinstance(made.head, PlainProduct) == (request.param == "plain")

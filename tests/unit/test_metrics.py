@@ -335,9 +335,15 @@ def test_a_rising_loss_is_told_and_a_falling_one_is_not() -> None:
 
 def test_val_bpb_above_its_best_three_times_in_a_row_is_overfitting() -> None:
     watch = Watch(SMALL)
-    values = [2.0, 1.0, 1.1, 1.2, 0.9, 1.1, 1.2, 1.3, 1.4, None]
+    values = [2.0, 1.0, 1.1, 1.2, 0.9, 1.1, 1.2, 1.3, 1.4]
     told = [w for v in values for w in watch.look_val({"val_bpb": v})]
     assert len(told) == 1 and "0.9000" in told[0] and "1.3000" in told[0]
+
+
+def test_a_val_bpb_that_is_not_finite_is_told_once_until_it_is_over() -> None:
+    watch = Watch(SMALL)
+    told = [len(watch.look_val({"val_bpb": v})) for v in (2.0, None, None, 1.0, None)]
+    assert told == [0, 1, 0, 0, 1]
 
 
 # -- the machine

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from infra import memory as memory_model
 from infra import throughput
+from infra.estimates import forecast_checkpoints
 from infra.hardware import GIB, GPUS, OFFERS, Offer, gpu_offer, parse_offer
 from infra.layout import make_layout
 from infra.memory import (
@@ -27,16 +29,18 @@ from infra.memory import (
 )
 from infra.planner import Plan, make_plan
 from nanochat import loss, optim
+from nanochat.checkpoint_dir import Manifest, steps_to_keep
 from nanochat.gpt import GPT
 from nanochat.scaling import (
     GPTConfig,
+    checkpoint_bytes,
     flops_per_token,
     gpt_config,
     num_params,
     num_params_matmul,
     resolve,
 )
-from nanochat.spec import RunSpec, load_spec
+from nanochat.spec import CheckpointPolicy, RunSpec, load_spec
 
 REPO = Path(__file__).resolve().parents[2]
 RUNS = json.loads((REPO / "tests/golden/public_runs.json").read_text())["runs"]
@@ -374,6 +378,59 @@ def test_a_small_volume_is_refused() -> None:
     plan = make_plan(spec_of("d20"), free_gib=10.0)
     assert plan.verdict == "refused"
     assert "volume too small" in plan.reasons[0]
+
+
+@pytest.mark.parametrize("last", [1, 2, 4])
+@pytest.mark.parametrize("best", [True, False])
+@pytest.mark.parametrize("every_h", [None, 0.5])
+@pytest.mark.parametrize("thin", [True, False])
+@pytest.mark.parametrize("num_steps", [1, 250, 2600])
+def test_the_forecast_is_what_pruning_leaves(
+    last: int, best: bool, every_h: float | None, thin: bool, num_steps: int
+) -> None:
+    """A stage of two hours that saves as the trainer does, best at its third look."""
+    policy = CheckpointPolicy(keep_last=last, keep_best=best, keep_every_h=every_h, thin_old=thin)
+    spec = spec_of("d20", "budget.checkpoint_every_s=500.0")
+    spec = spec.model_copy(update={"checkpoint": policy})
+    c, hours = gpt_config(spec.model), 2.0
+    sizes = dict(zip(("weights", "rest"), checkpoint_bytes(c), strict=True))
+    there: list[Manifest] = []
+    written = most = 0
+    saved_s, step_s = 0.0, 3600 * hours / num_steps
+    for step in range(1, num_steps + 1):
+        is_look = step % spec.base_train.eval_every_steps == 0 or step == num_steps
+        if not is_look and step * step_s - saved_s < 500.0:
+            continue
+        saved_s, written = step * step_s, written + 1
+        moment = datetime.fromtimestamp(saved_s, UTC).isoformat()
+        there.append(Manifest(step, "full", 8, None, {}, moment))
+        keep, whole = steps_to_keep(there, policy)
+        there = [
+            m if m.step in whole else replace(m, kind="weights") for m in there if m.step in keep
+        ]
+        if is_look:  # what is known of the newest one after its save
+            there[-1] = replace(there[-1], metrics={"val_bpb": abs(step - 750) / 1e4})
+        size = sum(sum(sizes.values()) if m.kind == "full" else sizes["weights"] for m in there)
+        most = max(most, size)
+    forecast = forecast_checkpoints(
+        spec, c, make_layout(spec, parse_offer("cpu")), parse_offer("cpu"),
+        {"base_train": (num_steps, hours)},
+    )  # fmt: skip
+    assert forecast.written == written * forecast.each
+    if every_h is None:
+        assert forecast.kept == most
+    assert most <= forecast.kept <= most + 3 * forecast.each
+
+
+def test_a_single_checkpoint_to_go_on_from_is_told() -> None:
+    def is_told(*overrides: str) -> bool:
+        warnings = make_plan(spec_of("d64_1000usd", *overrides)).warnings
+        return any("one checkpoint to go on from" in w and "96" in w for w in warnings)
+
+    assert is_told()
+    assert not is_told("checkpoint.keep_last=2")
+    assert not is_told("checkpoint.thin_old=false")
+    assert is_told("checkpoint.thin_old=false", "checkpoint.keep_best=false")
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:

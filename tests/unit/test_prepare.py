@@ -115,6 +115,24 @@ def test_out_of_memory_at_one_row_is_a_failure(
         train_on_conversations(run, STAGE, "base_train")
 
 
+def test_no_memory_for_the_model_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No smaller batch would help; an error that is none of memory stays what it is."""
+    run = make_run(tmp_path / "run")
+    errors = iter([torch.OutOfMemoryError("tried to allocate 200 GiB"), RuntimeError("a bug")])
+
+    def fail(*args: Any, **kw: Any) -> None:
+        raise next(errors)
+
+    monkeypatch.setattr(preparing, "build_optimizer", fail)
+    with pytest.raises(StageFailed, match=r"while the model is built.*smaller model.depth"):
+        train_on_conversations(run, STAGE, "base_train")
+    with pytest.raises(RuntimeError, match="^a bug$"):
+        prepare(run, STAGE)
+    assert run.resolved("fit") == []
+
+
 def test_memory_of_the_host_may_run_out_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

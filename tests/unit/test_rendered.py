@@ -22,20 +22,20 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK", 8)
 
 
-def rendered_in(folder: Path, sizes: dict[str, int] = SIZES, max_tokens: int = 64) -> Rendered:
-    mixture = Mixture(sizes, "train", 3)
-    return render(mixture, TOKENIZER, max_tokens, folder, Dist(), lambda _: None)
+def rendered_in(folder: Path, sizes: dict[str, int] = SIZES) -> Rendered:
+    return render(Mixture(sizes, "train", 3), TOKENIZER, folder, Dist(), lambda _: None)
 
 
 def test_it_holds_what_rendering_gives(tmp_path: Path) -> None:
     found = rendered_in(tmp_path)
-    expected = [render_conversation(TOKENIZER, c, 64) for c in Mixture(SIZES, "train", 3)]
+    expected = [render_conversation(TOKENIZER, c, 10_000) for c in Mixture(SIZES, "train", 3)]
     assert len(found) == len(expected) == 59
     for (ids, mask), (expected_ids, expected_mask) in zip(found, expected, strict=True):
         assert (ids.tolist(), mask.tolist()) == (expected_ids, expected_mask)
-    assert found.num_tokens == sum(len(ids) for ids, _ in expected)
-    assert found.num_targets == sum(sum(mask) for _, mask in expected)
-    assert max(len(ids) for ids, _ in rendered_in(tmp_path, max_tokens=9)) == 9
+    end = TOKENIZER.special_id("assistant_end")
+    assert all(ids[-1] == end for ids, _ in found), "none is cut, however long"
+    assert found.lengths.tolist() == [len(ids) for ids, _ in expected]
+    assert found.num_tokens == found.lengths.sum()
     with pytest.raises(IndexError):
         found[59]
 
@@ -68,7 +68,7 @@ def test_another_mixture_has_another_fingerprint_and_replaces_it(tmp_path: Path)
 def render_on_rank(dist: Dist, folder: Path) -> tuple[str, int]:
     module.CHUNK = 8
     mixture = Mixture(SIZES, "train", 3)
-    mapped = render(mixture, TOKENIZER, 64, folder, dist, lambda _: None)
+    mapped = render(mixture, TOKENIZER, folder, dist, lambda _: None)
     return mapped.fingerprint, len(mapped)
 
 

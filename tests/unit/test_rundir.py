@@ -174,6 +174,31 @@ def test_last_metric_line_per_stage_step_and_kind_wins(run: RunDir) -> None:
     assert [m["value"] for m in lines if "task" in m] == [0.9]
 
 
+@pytest.mark.parametrize(
+    "resume",
+    [
+        {"event": "start", "message": "from step 2", "step": 2},
+        {"event": "rollback", "message": "a spike", "step": 4, "resume_step": 2},
+    ],
+)
+def test_what_lies_behind_the_checkpoint_gone_on_from_is_left_out(
+    run: RunDir, resume: dict[str, Any]
+) -> None:
+    """The stage ended at step 3, once it had been at step 4."""
+    before: list[dict[str, Any]] = [
+        *({"stage": "s", "step": step, "loss": 1.0} for step in range(1, 5)),
+        {"stage": "s", "step": 4, "val_bpb": 1.0},
+        {"stage": "s", "step": 4, "event": "warning", "message": "a slow step"},
+        {"stage": "other", "step": 4, "loss": 1.0},
+        {"stage": "s", "task": "a", "metric": "accuracy", "value": 0.1},
+    ]
+    after = {"stage": "s", "step": 3, "loss": 2.0}
+    resume = {"stage": "s"} | resume
+    for record in (*before, resume, after):
+        append_jsonl(run.metrics_file, record)
+    assert run.metrics() == [*before[:2], *before[5:], resume, after]
+
+
 def test_an_unwritable_place_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirError, match="--run-dir"):

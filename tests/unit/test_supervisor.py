@@ -18,8 +18,18 @@ import pytest
 
 from infra import budget
 from infra.console import Console
-from infra.supervisor import Price, Supervisor, hang_limit_s
-from nanochat.rundir import RunDir, RunDirError, StopReason, append_jsonl, read_jsonl
+from infra.horizon import StageClock
+from infra.meter import Price, ledger_line
+from infra.supervisor import Supervisor, hang_limit_s
+from nanochat.rundir import (
+    Outcome,
+    RunDir,
+    RunDirError,
+    StopReason,
+    append_jsonl,
+    read_json,
+    read_jsonl,
+)
 from nanochat.spec import RunSpec
 
 FAKE = Path(__file__).with_name("fake_stage.py")
@@ -37,7 +47,7 @@ def make_spec(**changes: Any) -> RunSpec:
         "name": "t",
         "stop_grace_s": 3.0,
         "model": {"depth": 1, "seq_len": 8},
-        "runtime": {"hang_s": 0.5, "max_restarts": 2},
+        "runtime": {"hang_s": 0.5, "max_restarts": 2, "tensorboard": False},
         "data_fetch": {},
         "base_train": {"num_steps": 1, "total_batch_size": 8},
         "report": {},
@@ -81,6 +91,12 @@ def acts(run: RunDir) -> list[tuple[str, str]]:
 def assert_nothing_runs(run: RunDir) -> None:
     pids = [a["pid"] for a in read_jsonl(run.path / "acts.jsonl")]
     assert [p for p in pids if psutil.pid_exists(p)] == []
+
+
+def message(run: RunDir) -> str:
+    status = run.status()
+    assert status is not None
+    return str(status["message"])
 
 
 ALL_DONE = {"base_train": ["done"], "report": ["done"]}
@@ -176,6 +192,21 @@ def test_a_stage_that_does_not_stop_is_ended_at_the_deadline(
     code, run = supervise({"base_train": ["ignore_stop"]}, make_spec(stop_grace_s=1.0))
     assert code == 75
     assert_nothing_runs(run)
+    told = message(run)
+    assert "base_train did not stop by the deadline; no complete checkpoint yet" in told
+
+
+def test_the_budgets_end_tells_what_was_not_saved(supervise: Supervise, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    latest = run.checkpoints_dir("base_train") / "latest"
+    latest.parent.mkdir(parents=True)
+    latest.write_text("step_000300\n")
+    _when_running(tmp_path, lambda: run.request_stop(StopReason.BUDGET, 0.0))
+    spec = make_spec(budget={"max_hours": 1.0}, stop_grace_s=1.0)
+    assert supervise({"base_train": ["ignore_stop"], "report": ["done"]}, spec)[0] == 76
+    assert "base_train did not stop by the deadline" in message(run)
+    assert "last complete checkpoint: base_train step 300" in message(run)
+    assert "everything is saved" not in message(run)
 
 
 def test_a_person_stops_it_by_file(supervise: Supervise, tmp_path: Path) -> None:
@@ -276,12 +307,69 @@ def test_the_budget_counts_while_the_ledger_cannot_be_written(
     def full(self: Supervisor, event: str) -> None:
         if event != "start":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        append_jsonl(self.run_dir.ledger_file, self._record(event, time.time() - 40.0))
+        line = ledger_line(self.price, event, time.time() - 40.0)
+        append_jsonl(self.run_dir.ledger_file, line)
 
     monkeypatch.setattr(Supervisor, "_ledger", full)
     spec = make_spec(budget={"max_hours": 42 / 3600})
     code, _ = supervise({"base_train": ["stopped_when_asked"], "report": ["done"]}, spec)
     assert code == 76
+
+
+def horizon_spec(hours: float) -> RunSpec:
+    base = {"horizon": "budget", "total_batch_size": 8}
+    return make_spec(base_train=base, budget={"max_hours": hours})
+
+
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [
+        (StageClock, "write_horizon"),
+        (StageClock, "note_last_acts"),
+        (RunDir, "append_resolved"),
+    ],
+)
+def test_a_full_volume_does_not_end_a_stage_by_its_clock(
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owner: Any, method: str
+) -> None:
+    run = RunDir(tmp_path / "run")
+
+    def full(*_: Any, **__: Any) -> None:
+        if run.progress_file("base_train").exists():
+            run.request_stop(StopReason.USER, 0.0)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(owner, method, full)
+    code, _ = supervise({"base_train": ["step_s:0.05"]}, horizon_spec(1.0), plan=SPEED_PLAN)
+    assert code == 75
+    assert ("base_train", "step_s:0.05") in acts(run), "the volume was full while it trained"
+
+
+def test_the_time_between_a_kill_and_the_resume_is_no_training_time(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    """Killed ten hours ago after ten minutes; the new process has not said a word yet."""
+    run = RunDir(tmp_path / "run")
+    run.create()
+    since = time.time() - 36_600.0
+    run.write_outcome(Outcome("base_train", "running", facts={"since": since}))
+    run.write_progress("base_train", "train")
+    os.utime(run.progress_file("base_train"), (since + 600.0,) * 2)
+    horizon = run.path / "stages" / "base_train.horizon.json"
+    told: list[Any] = []
+
+    def stop() -> None:
+        told.append(read_json(horizon))
+        run.request_stop(StopReason.USER, 0.0)
+
+    _when(horizon.exists, stop)
+    assert supervise({"base_train": ["stopped_when_asked"]}, horizon_spec(1.0))[0] == 75
+    assert told[0]["fraction"] == pytest.approx(600.0 / (600.0 + 3600.0), rel=0.05)
+
+
+def test_an_outcome_counts_though_the_file_server_is_behind(supervise: Supervise) -> None:
+    code, run = supervise({"base_train": ["again", "done_behind"], "report": ["done_behind"]})
+    assert code == 0, message(run)
 
 
 def test_an_evaluation_before_the_end_is_done_again_when_the_run_goes_on(
@@ -316,6 +404,33 @@ def test_hang_limit_follows_the_steps() -> None:
     assert hang_limit_s({"phase": "train", "median_step_s": 0.1}, None) == 120.0
     assert hang_limit_s({"phase": "train", "median_step_s": 0.1}, 2.0) == 2.0
     assert hang_limit_s({"phase": "evaluate", "median_step_s": 0.1}, 2.0) > 600
+
+
+@pytest.mark.parametrize("phase", ["start", "load", "compile"])
+def test_hang_limit_before_the_first_step_follows_the_plan(phase: str) -> None:
+    assert hang_limit_s({"phase": phase}, None, planned_step_s=1.0) == 1800.0
+    assert hang_limit_s({"phase": phase}, None, planned_step_s=758.0) == 7580.0
+    assert hang_limit_s({"phase": phase}, 7200.0, planned_step_s=1.0) == 7200.0
+
+
+def test_hang_limit_of_looks_and_saves_follows_what_they_take() -> None:
+    assert hang_limit_s({"phase": "evaluate"}, None, planned_step_s=758.0) == 7580.0
+    assert hang_limit_s({"phase": "save", "save_s": 10.0}, 2.0) == 900.0
+    assert hang_limit_s({"phase": "save", "save_s": 1000.0, "median_step_s": 20.0}, 2.0) == 3000.0
+
+
+def test_a_stage_is_given_the_time_of_a_planned_step(
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def limit_s(progress: dict[str, Any], hang_s: float | None, planned_step_s: float) -> float:
+        asked.append(planned_step_s)
+        return 60.0
+
+    monkeypatch.setattr("infra.supervisor.hang_limit_s", limit_s)
+    supervise(ALL_DONE, plan=SPEED_PLAN)
+    assert 0.1 in asked
 
 
 def _other_holder(run: RunDir) -> None:

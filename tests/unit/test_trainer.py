@@ -74,7 +74,9 @@ def test_a_nan_rolls_back_and_leaves_the_batch_out(tmp_path: Path) -> None:
     assert (outcome.outcome, outcome.step, outcome.facts["rollbacks"]) == ("done", 12, 1)
     [record] = run.resolved("rollback")
     assert (record["step"], record["batches"]) == (6, [7])
-    assert [m["event"] for m in run.metrics() if "event" in m] == ["start", "rollback"]
+    start, rollback = [m for m in run.metrics() if "event" in m]
+    assert (start["event"], rollback["event"]) == ("start", "rollback")
+    assert (rollback["step"], rollback["resume_step"]) == (6, 4)
     # batches 5 to 7, then again from the checkpoint of step 4, 7 drawn and not trained on
     cursors = [json.dumps(batch.cursor) for batch in trainee.batches]
     assert cursors[4:7] == cursors[7:10]
@@ -180,6 +182,32 @@ def test_the_only_checkpoint_is_better_than_none(tmp_path: Path) -> None:
     poison = on_batches(lambda loss: loss + 16 * 9.0, 27, 28, 29)
     assert Trainee(run, spec, poison=poison).fit().outcome == "done"
     assert len(run.resolved("rollback")) == 1
+    # and its weights hold batch 27, which is said
+    [held] = run.resolved("rollback_incomplete")
+    assert (held["step"], held["batches"]) == (27, [27])
+    rollback, warning = [m["message"] for m in run.metrics() if "event" in m][1:]
+    assert rollback.endswith("left out: batches [28, 29]")
+    assert warning.endswith("its weights hold batches [27]")
+
+
+def test_a_checkpoint_found_damaged_in_a_roll_back_is_told(tmp_path: Path) -> None:
+    """Step 28 is damaged, 27 holds a batch of the spike, 26 is taken."""
+    spec = make_spec(num_steps=32, eval_every_steps=1)
+    run = new_run(tmp_path / "run", spec)
+    spike = on_batches(lambda loss: loss + 16 * 9.0, 27, 28, 29)
+    last = batch_inputs(29)[0]
+
+    def damage(inputs: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        if torch.equal(inputs[0], last):
+            trainee.checkpointer.wait()
+            next(run.checkpoints_dir(STAGE).glob("step_000028/model*")).write_bytes(b"")
+        return spike(inputs, loss)
+
+    trainee = Trainee(run, spec, poison=damage)
+    assert trainee.fit().outcome == "done"
+    rollback, corrupt = [m for m in run.metrics() if "event" in m][1:]
+    assert (rollback["event"], rollback["resume_step"]) == ("rollback", 26)
+    assert corrupt["event"] == "corrupt_checkpoint" and "step_000028" in corrupt["message"]
 
 
 def test_it_gives_up_after_max_rollbacks_and_keeps_the_last_good_checkpoint(
@@ -286,6 +314,22 @@ def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
     assert (folder / "step_000008").is_dir()
     [event] = [m for m in run.metrics() if m.get("event") == "early_stop"]
     assert "no better val_bpb than 1.5000 (step 8) in 3 looks" in event["message"]
+
+
+def test_a_look_that_is_not_finite_is_no_best_and_a_warning(tmp_path: Path) -> None:
+    spec = make_spec(num_steps=100, early_stop_patience=2)
+    run = new_run(tmp_path / "run", spec)
+    trainee = Trainee(run, spec)
+    looks = iter([math.nan, math.nan, math.nan, 2.0, math.inf, math.nan])
+    trainee.bpb = lambda: next(looks)
+    outcome = trainee.fit()
+    assert (outcome.outcome, outcome.step) == ("done", 20)
+    facts = outcome.facts
+    assert (facts["val_bpb_first"], facts["val_bpb_best"], facts["best_step"]) == (2.0, 2.0, 12)
+    assert facts["val_bpb_last"] is None
+    warnings = [m for m in run.metrics() if m.get("event") == "warning"]
+    assert [m["step"] for m in warnings] == [0, 16]  # told once until it is over
+    assert all("val_bpb is not a finite number" in m["message"] for m in warnings)
 
 
 def test_looks_and_samples_do_not_change_the_training(tmp_path: Path) -> None:
