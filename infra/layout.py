@@ -1,8 +1,9 @@
 """How the training stages of a spec lie on an offer: ranks, sharding, recomputation, batches."""
 
 import bisect
+import functools
 import math
-from dataclasses import replace
+from collections.abc import Callable
 
 from infra.hardware import Offer, world_size
 from infra.memory import Layout, Memory, step_memory
@@ -45,16 +46,20 @@ def choose_layout(spec: RunSpec, offer: Offer, c: GPTConfig) -> tuple[Layout, li
     """
     ranks = num_ranks(spec, offer)
     firsts = [resolve_stage(spec, name, ranks) for name in TRAIN_STAGES if getattr(spec, name)]
-    best: tuple[float, Layout, list[Fitted]] | None = None
+    best: tuple[float, Layout, list[tuple[int, Memory]]] | None = None
     for layout in _candidates(spec, offer):
-        fitted = [_fit(spec, offer, c, layout, first) for first in firsts]
-        cost = _cost(c, layout, offer, fitted)
+        memory_of = _memory_of(c, layout, offer)
+        fitted = [_fit(spec, offer, layout, memory_of, first) for first in firsts]
+        cost = math.inf
+        if all(memory.fits for _, memory in fitted):
+            cost = _longest_step_s(c, layout, offer, firsts, [rows for rows, _ in fitted])
         nothing_fits = math.isinf(cost) and best is not None and math.isinf(best[0])
         if best is None or nothing_fits or cost < WORTH_IT * best[0]:
             best = (cost, layout, fitted)
     assert best is not None
     chosen = [
-        (resolve_stage(spec, n.stage, ranks, n.device_batch_size), memory) for n, memory in best[2]
+        (resolve_stage(spec, first.stage, ranks, rows), memory)
+        for first, (rows, memory) in zip(firsts, best[2], strict=True)
     ]
     return best[1], chosen
 
@@ -73,36 +78,43 @@ def _candidates(spec: RunSpec, offer: Offer) -> list[Layout]:
     ]
 
 
-def _fit(spec: RunSpec, offer: Offer, c: GPTConfig, layout: Layout, first: StageNumbers) -> Fitted:
-    """The numbers with the largest device batch that fits; with the smallest where none does."""
+def _memory_of(c: GPTConfig, layout: Layout, offer: Offer) -> Callable[[int], Memory]:
+    """Rows per device and forward pass -> memory of a step; the stages ask for the same ones."""
+    return functools.cache(lambda rows: step_memory(c, layout, rows, offer))
+
+
+def _fit(
+    spec: RunSpec,
+    offer: Offer,
+    layout: Layout,
+    memory_of: Callable[[int], Memory],
+    first: StageNumbers,
+) -> tuple[int, Memory]:
+    """The largest device batch that fits, the smallest where none does; and its memory."""
     stage: TrainStage = getattr(spec, first.stage)
     sizes = [first.device_batch_size]
     rows_per_rank = first.rows_per_step // layout.world_size
     if stage.device_batch_size == "auto":
         most = first.device_batch_size if offer.cpu else rows_per_rank
         sizes = [d for d in divisors(rows_per_rank) if d <= most]
-    memory = step_memory(c, layout, sizes[-1], offer)
-    if not memory.fits:  # more rows never take less memory
+    if not memory_of(sizes[-1]).fits:  # more rows never take less memory
         first_too_many = bisect.bisect_left(
-            sizes[1:-1], True, key=lambda rows: not step_memory(c, layout, rows, offer).fits
+            sizes[1:-1], True, key=lambda rows: not memory_of(rows).fits
         )
         sizes = sizes[: first_too_many + 1]
-        memory = step_memory(c, layout, sizes[-1], offer)
-    rows = sizes[-1]
-    numbers = replace(first, device_batch_size=rows, grad_accum_steps=rows_per_rank // rows)
-    return numbers, memory
+    return sizes[-1], memory_of(sizes[-1])
 
 
-def _cost(c: GPTConfig, layout: Layout, offer: Offer, fitted: list[Fitted]) -> float:
-    """Seconds per step of the longest stage; infinite where a stage does not fit."""
-    if not all(memory.fits for _, memory in fitted):
-        return math.inf
-    if not fitted:
+def _longest_step_s(
+    c: GPTConfig, layout: Layout, offer: Offer, firsts: list[StageNumbers], device_rows: list[int]
+) -> float:
+    """Seconds per step of the longest stage; 0 where there is none.
+
+    device_rows: of each stage, rows per device and forward pass.
+    """
+    if not firsts:
         return 0.0
-    longest = max((n for n, _ in fitted), key=lambda n: n.num_tokens or math.inf)
-    return stage_step_s(c, layout, offer, longest)
-
-
-def stage_step_s(c: GPTConfig, layout: Layout, offer: Offer, numbers: StageNumbers) -> float:
-    """Seconds of one optimizer step of a stage."""
-    return step_time(c, layout, offer, numbers.device_batch_size, numbers.grad_accum_steps).total_s
+    stages = zip(firsts, device_rows, strict=True)
+    longest, rows = max(stages, key=lambda stage: stage[0].num_tokens or math.inf)
+    accum = longest.rows_per_step // layout.world_size // rows
+    return step_time(c, layout, offer, rows, accum).total_s

@@ -3,6 +3,7 @@
 Pure arithmetic on the numbers of scaling.resolve; plan.json of a run is its result, frozen.
 """
 
+import functools
 import math
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -20,9 +21,9 @@ from infra.estimates import (
     validation_tokens,
 )
 from infra.hardware import VOLUME_USD_PER_GB_MONTH, Offer, cpu_offer, parse_offer, priced
-from infra.layout import choose_layout, make_layout, num_ranks, stage_step_s
+from infra.layout import choose_layout, make_layout, num_ranks
 from infra.memory import Layout, Memory
-from infra.throughput import forward_s
+from infra.throughput import forward_s, step_time
 from nanochat.scaling import (
     GPTConfig,
     StageNumbers,
@@ -200,6 +201,8 @@ class _Sketch:
         self.layout, self.fitted = choose_layout(spec, offer, config)
         self.others = other_stages(spec, config, self.layout, offer)
         self.data_tokens = data_tokens(spec)
+        self.step_s = functools.cache(self._step_s)
+        self.look_s = functools.cache(self._look_s)
         self.stall_s = forecast_checkpoints(spec, config, self.layout, offer, {}).stall_s
 
     def stages(self) -> list[StagePlan]:
@@ -233,13 +236,21 @@ class _Sketch:
     def stage_s(self, numbers: StageNumbers, num_steps: int) -> float:
         """Seconds of a stage: start, compile, steps, looks at the validation loss, saves."""
         stage: TrainStage = getattr(self.spec, numbers.stage)
-        c, layout, offer = self.config, self.layout, self.offer
         looks = math.ceil(num_steps / stage.eval_every_steps) + 1
-        eval_s = looks * forward_s(c, layout, offer, validation_tokens(self.spec, stage))
-        train_s = num_steps * stage_step_s(c, layout, offer, numbers) + eval_s
+        step_s = self.step_s(numbers.device_batch_size, numbers.grad_accum_steps)
+        train_s = num_steps * step_s + looks * self.look_s(numbers.stage)
         saves = train_s / self.spec.budget.checkpoint_every_s + looks
-        start_s = START_S + (COMPILE_S[offer.cpu] if layout.compiled else 0.0)
+        start_s = START_S + (COMPILE_S[self.offer.cpu] if self.layout.compiled else 0.0)
         return start_s + train_s + saves * self.stall_s
+
+    def _step_s(self, rows: int, accum: int) -> float:
+        """Seconds of an optimizer step of `accum` passes of `rows` rows per device."""
+        return step_time(self.config, self.layout, self.offer, rows, accum).total_s
+
+    def _look_s(self, stage: str) -> float:
+        """Seconds of one look of a stage at the validation loss."""
+        tokens = validation_tokens(self.spec, getattr(self.spec, stage))
+        return forward_s(self.config, self.layout, self.offer, tokens)
 
     def steps_within(self, numbers: StageNumbers, left_s: float) -> int:
         """Most steps of a stage that fit into so many seconds, at least one (by bisection)."""
@@ -260,7 +271,8 @@ class _Sketch:
         """The plan of one training stage whose steps are known."""
         assert numbers.num_steps is not None and numbers.num_tokens is not None
         c, offer = self.config, self.offer
-        tokens_per_s = numbers.total_batch_size / stage_step_s(c, self.layout, offer, numbers)
+        step_s = self.step_s(numbers.device_batch_size, numbers.grad_accum_steps)
+        tokens_per_s = numbers.total_batch_size / step_s
         hours = self.stage_s(numbers, numbers.num_steps) / 3600
         stage = getattr(self.spec, numbers.stage)
         epochs = getattr(stage, "num_epochs", None)

@@ -144,6 +144,7 @@ def fit(
     saved_s = time.monotonic()
     said_s = stalls_s = 0.0
     eval_s: float | None = None
+    sample_s: float | None = None
 
     def state() -> dict[str, Any]:
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -220,6 +221,7 @@ def fit(
                 val_bpb=at.last_bpb,
                 save_s=checkpointer.expected_save_s,
                 eval_s=eval_s,
+                sample_s=sample_s,
                 **facts,
             )
 
@@ -285,7 +287,9 @@ def fit(
         # once in a while: samples
         if sample is not None and at.step % sample_every_steps == 0 and not is_stopping:
             say("sample")
+            started_s = time.monotonic()
             sample(at.step)
+            sample_s = time.monotonic() - started_s
 
         # by the clock: a checkpoint, of weights that no spike has touched
         if is_due and not is_stopping and not at.high:
