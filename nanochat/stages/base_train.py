@@ -1,5 +1,7 @@
 """Base training: the model learns to continue text."""
 
+import contextlib
+
 from nanochat.bpb import bigram_bpb
 from nanochat.corpus import locate
 from nanochat.data import Loader, flat_tokens, validation_set
@@ -7,8 +9,9 @@ from nanochat.engine import Engine
 from nanochat.prepare import note_out_of_memory, prepare
 from nanochat.rundir import Outcome, RunDir
 from nanochat.sources import make_source
-from nanochat.spec import BaseTrain
+from nanochat.spec import BaseTrain, SpecError
 from nanochat.stage import run_stage
+from nanochat.tokenizer import TokenizerLike
 from nanochat.trainer import fit
 
 STAGE = "base_train"
@@ -50,10 +53,10 @@ def main(run: RunDir) -> Outcome:
         """Greedy continuations of fixed prompts, for the report."""
         if not p.dist.is_main or p.metrics is None or p.is_sharded:
             return
-        engine = Engine(p.model, p.tokenizer, max_batch=len(SAMPLE_PROMPTS))
-        prompts = [[p.tokenizer.bos_id, *p.tokenizer.encode(text)] for text in SAMPLE_PROMPTS]
-        answers = engine.generate(prompts, max_tokens=SAMPLE_TOKENS, temperature=0.0)
-        for prompt, ids in zip(SAMPLE_PROMPTS, answers, strict=True):
+        prompts = sample_prompts(p.tokenizer)
+        engine = Engine(p.model, p.tokenizer, max_batch=len(prompts))
+        answers = engine.generate([*prompts.values()], max_tokens=SAMPLE_TOKENS, temperature=0.0)
+        for prompt, ids in zip(prompts, answers, strict=True):
             p.metrics.log_sample(step, prompt, p.tokenizer.decode(ids))
 
     try:
@@ -80,6 +83,16 @@ def main(run: RunDir) -> Outcome:
         outcome.facts["bigram_bpb"] = bigram
     p.close(outcome)
     return outcome
+
+
+def sample_prompts(tokenizer: TokenizerLike) -> dict[str, list[int]]:
+    """Prompt -> ids behind <|bos|>. A text that has not all the letters of a prompt, character by
+    character, is not continued from it; one that has those of none, from nothing."""
+    prompts = {}
+    for text in SAMPLE_PROMPTS:
+        with contextlib.suppress(SpecError):
+            prompts[text] = [tokenizer.bos_id, *tokenizer.encode(text)]
+    return prompts or {"": [tokenizer.bos_id]}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from nanochat.rundir import Outcome, RunDir, StopReason
 from nanochat.scaling import gpt_config
 from nanochat.spec import RunSpec
 from nanochat.stage import StageFailed
-from nanochat.tokenizer import Tokenizer
+from nanochat.stages.base_train import sample_prompts
+from nanochat.tokenizer import CharTokenizer, Tokenizer
 
 STAGE = "mid_train"
 SPEC = RunSpec.model_validate(
@@ -231,3 +232,17 @@ def test_compute_dtype() -> None:
     assert compute_dtype("auto", cpu) == torch.float32
     assert compute_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert compute_dtype("bf16", cpu) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("alphabet", "prompts"),
+    [("abcdefghijklmnopqrstuvwxyz ICRTu", 6), ("The cat", 1), ("\u0430\u0431\u0432", 1)],
+)
+def test_a_text_without_the_letters_of_a_prompt_is_not_asked_to_continue_it(
+    alphabet: str, prompts: int
+) -> None:
+    """A text in another script would else end its run at the first sample, with 78."""
+    found = sample_prompts(CharTokenizer(alphabet, 64))
+    assert len(found) == prompts
+    assert all(ids[0] == CharTokenizer(alphabet, 64).bos_id for ids in found.values())
+    assert ("The " in found) == ("T" in alphabet)
