@@ -239,7 +239,8 @@ def test_d64_by_sky_launch_sends_its_text_and_ends_by_its_hours(
     client: Client, engine: Engine, tmp_path: Path
 ) -> None:
     """The text from the folder of the command; the budget goes on over a pod that is killed."""
-    (tmp_path / "combined_output.txt").write_text("The quick fox jumps over a lazy dog. If I can.\n" * 9000)
+    line = "Return the fox that jumps over a lazy dog. If I can: The import class.\n"
+    (tmp_path / "combined_output.txt").write_text(line * 6000)
     hours = "budget.max_hours=0.08"
     launch = (
         *("sky", "launch", "-y", "-c", "d64", str(ROOT / "sky" / "d64_1000usd.yaml")),
