@@ -301,7 +301,8 @@ class CharTokenizer(_Vocabulary):
                 raise SpecError(
                     f"the text has {len(ranked)} different characters, {max_chars} are allowed. "
                     f"The others: {_show({c: counts[c] for c in ranked[max_chars:]})}. "
-                    "Clean the text, or set data.unknown_char to a character that replaces them"
+                    "Raise model.vocab_size, clean the text, or set data.unknown_char to one that "
+                    "replaces them"
                 )
             return cls("".join(ranked), vocab_size)
         others = [c for c in ranked if c != unknown]

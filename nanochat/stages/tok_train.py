@@ -18,7 +18,7 @@ from nanochat.corpus import iter_texts, locate
 from nanochat.rundir import RunDir
 from nanochat.spec import SpecError
 from nanochat.stage import run_stage
-from nanochat.tokenizer import CharTokenizer, Tokenizer, TokenizerLike
+from nanochat.tokenizer import SPECIAL_TOKENS, CharTokenizer, Tokenizer, TokenizerLike
 from nanochat.touches import VOCABULARIES, find
 
 STAGE = "tok_train"
@@ -55,7 +55,10 @@ def main(run: RunDir) -> dict[str, Any]:
     tokenizer: TokenizerLike
     if spec.data.tokenizer == "char":
         tokenizer = CharTokenizer.train(
-            iter_texts(files.train), spec.model.vocab_size, unknown=spec.data.unknown_char
+            iter_texts(files.train),
+            spec.model.vocab_size,
+            unknown=spec.data.unknown_char,
+            max_chars=spec.model.vocab_size - len(SPECIAL_TOKENS),
         )
     else:
         tokenizer = Tokenizer.train_parquet(

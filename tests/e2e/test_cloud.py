@@ -256,7 +256,7 @@ def test_d64_by_sky_launch_sends_its_text_and_ends_by_its_hours(
     assert "base_train resumes from step_" in said
     status = client.status("d64_1000usd")
     assert (status["state"], status["exit_code"]) == ("SUCCEEDED", 0)
-    assert status["spent_hours"] <= 0.08
+    assert status["used_s"] <= 0.08 * 3600.0
     run = f"{HOME}/runs/d64_1000usd"
     report = client.on_volume(engine, f"cat {run}/report.md")
     assert "combined_output.txt" in report
