@@ -30,9 +30,9 @@ D64_TOY = (
     'offer="cpu" runtime.device="cpu" runtime.compile=false runtime.num_threads=1 model.depth=2 '
     "model.aspect_ratio=32 model.head_dim=32 model.seq_len=64 base_train.total_batch_size=1024 "
     "base_train.eval_tokens=4096 base_train.eval_every_steps=50 checkpoint.free_floor_gib=0.05 "
-    "budget.checkpoint_every_s=1.0"
+    'budget.checkpoint_every_s=1.0 base_train.horizon="steps" base_train.num_steps=300'
 )
-"""Of d64's own stay the text, its characters, the sharding and the budget as horizon."""
+"""Of d64's own stay the text, its characters and the sharding; its budget would be the horizon."""
 NEVER_UP_S = 150.0
 IMPATIENT = f"""
 import sys
@@ -235,16 +235,15 @@ def test_a_private_image_is_pulled_with_a_login_that_is_removed(
 
 
 @pytest.mark.long
-def test_d64_by_sky_launch_sends_its_text_and_ends_by_its_hours(
+def test_d64_by_sky_launch_sends_its_text_and_resumes(
     client: Client, engine: Engine, tmp_path: Path
 ) -> None:
-    """The text from the folder of the command; the budget goes on over a pod that is killed."""
+    """The text comes from the folder of the command, with both launches."""
     line = "Return the fox that jumps over a lazy dog. If I can: The import class.\n"
     (tmp_path / "combined_output.txt").write_text(line * 6000)
-    hours = "budget.max_hours=0.08"
     launch = (
         *("sky", "launch", "-y", "-c", "d64", str(ROOT / "sky" / "d64_1000usd.yaml")),
-        *("--env", f"ARGS={D64_TOY} {hours}"),
+        *("--env", f"ARGS={D64_TOY}"),
     )
     code, said = client(*launch, "-d", cwd=tmp_path)
     assert code == 0, said
@@ -256,7 +255,6 @@ def test_d64_by_sky_launch_sends_its_text_and_ends_by_its_hours(
     assert "base_train resumes from step_" in said
     status = client.status("d64_1000usd")
     assert (status["state"], status["exit_code"]) == ("SUCCEEDED", 0)
-    assert status["used_s"] <= 0.08 * 3600.0
     run = f"{HOME}/runs/d64_1000usd"
     report = client.on_volume(engine, f"cat {run}/report.md")
     assert "combined_output.txt" in report

@@ -23,6 +23,8 @@ from tests.twin.baseimage import ensure_base_image
 ROOT = Path(__file__).resolve().parents[2]
 LABEL = "nanochat.twin"
 BUILD_TIMEOUT_S = 3600.0
+ANSWER_S = 900.0
+"""The engine packs 6 GB before the first byte of `save`, minutes where the disk is busy."""
 RUN_TIMEOUT_S = 1200.0
 MOUNT = "/workspace"
 
@@ -74,7 +76,7 @@ class Engine:
 
     def __init__(self) -> None:
         try:
-            self.client = docker.from_env(timeout=120)
+            self.client = docker.from_env(timeout=ANSWER_S)
             self.client.ping()
         except DockerException as e:
             raise EngineError(f"end-to-end tests need a Docker engine: {e}") from None
