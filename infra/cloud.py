@@ -132,12 +132,12 @@ def launch_sky(args: argparse.Namespace, spec: RunSpec, path: Path) -> int | Ren
         )
     points = sky_sweep.points(spec, args.sweep) if args.sweep else [()]
     own = sky.own_overrides(args.config[1:], options)
+    size_gb = sky.volume_gb(args.config[1:], options)
+    free_gib = None if size_gb is None else size_gb * 1e9 / hardware.GIB
     jobs, refused = [], []
     for point in points:
         overrides = (*args.overrides, *point)
-        job, refusal = _planned(args, path, overrides, own=own)
-        if size_gb := sky.volume_gb(job, options):
-            job, refusal = _planned(args, path, overrides, size_gb * 1e9 / hardware.GIB, own)
+        job, refusal = _planned(args, path, overrides, free_gib, own)
         jobs.append(job)
         if refusal is not None:
             refused.append(f"{job.name}: {refusal}")

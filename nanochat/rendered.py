@@ -14,7 +14,6 @@ import json
 import os
 import secrets
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +113,7 @@ def render(
     for number in own:
         if _read_block(paths[number]) is None:
             indices = range(starts[number], min(starts[number] + CHUNK, len(mixture)))
-            rendered = [render_conversation(tokenizer, mixture[i], sys.maxsize) for i in indices]
+            rendered = [render_conversation(tokenizer, mixture[i]) for i in indices]
             _write_block(paths[number], rendered)
         on_progress((number + 1) / len(starts))
     if own:

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -374,14 +373,15 @@ def load_tokenizer(folder: Path) -> TokenizerLike:
 
 
 def render_conversation(
-    tokenizer: TokenizerLike, conversation: dict[str, Any], max_tokens: int
+    tokenizer: TokenizerLike, conversation: dict[str, Any], max_tokens: int | None = None
 ) -> tuple[list[int], list[int]]:
     """Ids of a conversation and, for each, 1 if the assistant must produce it, else 0.
 
     Messages alternate between user and assistant, beginning with the user; a system message
     before them is put in front of the first user's text. An assistant's content may be parts of
     type text, python (a call of the tool) and python_output (its answer, not trained on). Both
-    lists are cut to `max_tokens`. ValueError names the message that breaks a rule.
+    lists are cut to `max_tokens` where that is given. ValueError names the message that breaks a
+    rule.
     """
     ids = [tokenizer.bos_id]
     mask = [0]
@@ -421,7 +421,7 @@ def render_for_completion(tokenizer: TokenizerLike, conversation: dict[str, Any]
     messages = conversation["messages"]
     if messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    ids, _ = render_conversation(tokenizer, {"messages": messages}, max_tokens=sys.maxsize)
+    ids, _ = render_conversation(tokenizer, {"messages": messages})
     return [*ids, tokenizer.special_id("assistant_start")]
 
 

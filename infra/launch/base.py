@@ -21,6 +21,8 @@ POD_PREFIX = "NANOCHAT_LABEL_"
 """Variables of a pod that are labels: for `reap`, the dead man's switch and the ledger."""
 LEAST_LEFT_S = 180.0
 """A machine that could only live for this time is not asked for."""
+PRICE_MARGIN = 1.15
+"""A machine may cost so many times what its plan says before it is not asked for."""
 VOLUME_MOUNT = "/workspace"
 """Where a rented machine has the network volume."""
 IMAGE_PLACE = "/opt/nanochat"

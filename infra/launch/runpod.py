@@ -24,6 +24,7 @@ from infra.hardware import GPUS, OFFERS
 from infra.launch.base import (
     IMAGE_NAME,
     POD_PREFIX,
+    PRICE_MARGIN,
     VOLUME_MOUNT,
     Job,
     LaunchError,
@@ -43,8 +44,6 @@ BOOT_DEADLINE_S = 900.0
 """Image pull, start and node check; the image is some 6 GB."""
 MAX_PODS = 3
 """Pods of one launch that may fail their start before a person has to look."""
-PRICE_MARGIN = 1.15
-"""A rung that costs more than this times its plan is left out."""
 POLL_S = 5.0
 SEEN_EVERY_S = 60.0
 LOST_AFTER_S = 180.0
@@ -284,13 +283,14 @@ class Launcher:
 
     def _started(self, name: str, pod_id: str, options: RunPodOptions) -> int:
         """0 for a run that goes on without us, else its exit code at its end."""
-        pod = self.look(name, pod_id)
-        if options.detach and (pod is None or self.state_of(pod).get("phase") != "ended"):
-            self._say(f"pod {pod_id} runs {name}; nanochat status {name}, nanochat stop {name}")
-            return EXIT_DONE
         if not options.detach:
             self._say(f"pod {pod_id} runs {name}; Ctrl-C leaves it, nanochat stop {name} ends it")
-        return self.follow(name, pod_id)
+            return self.follow(name, pod_id)
+        pod = self.look(name, pod_id)
+        if pod is not None and self.state_of(pod).get("phase") == "ended":
+            return self.follow(name, pod_id)
+        self._say(f"pod {pod_id} runs {name}; nanochat status {name}, nanochat stop {name}")
+        return EXIT_DONE
 
     def refuse_second(self, name: str) -> None:
         """Raises LaunchError while a pod of that run exists: two would write one directory."""

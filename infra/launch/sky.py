@@ -163,11 +163,11 @@ def _text_of_command(task: dict[str, Any]) -> str | None:
     return str(tomllib.loads(f"x = {words[-1].removeprefix(DATA_PATH)}")["x"]) if words else None
 
 
-def volume_gb(job: Job, options: SkyOptions) -> float | None:
+def volume_gb(config: str, options: SkyOptions) -> float | None:
     """Size of the task's volume in 10^9 bytes as sky/volume.yaml makes it; None for another one."""
     if options.infra:
         return None
-    task = yaml.safe_load(task_file(job.config, options).read_text())
+    task = yaml.safe_load(task_file(config, options).read_text())
     made = yaml.safe_load((TASKS / "volume.yaml").read_text())
     mounted = (task.get("volumes") or {}).get(VOLUME_MOUNT)
     return float(made["size"].removesuffix("Gi")) if mounted == made["name"] else None

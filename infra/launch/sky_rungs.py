@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from infra.hardware import OFFERS
-from infra.launch.base import Job, LaunchError
+from infra.launch.base import PRICE_MARGIN, Job, LaunchError
 
 RUNPOD_GPUS = {
     "H100": "H100-PCIE",
@@ -24,9 +24,6 @@ SKY_GPUS = {
     "RTX-4090": "RTX4090",
 }
 """What SkyPilot calls them on other clouds than RunPod."""
-
-PRICE_MARGIN = 1.15
-"""A machine that the task's file does not name may cost so many times its list price."""
 
 Resources = dict[str, Any]
 
@@ -54,8 +51,7 @@ def take_offer(job: Job, resources: Resources) -> None:
     machine.
     """
     wanted = str(job.plan["offer"])
-    rungs = list(rungs_of(resources))
-    offers = [offer_of(rung) for rung in rungs]
+    offers = [offer_of(rung) for rung in rungs_of(resources)]
     if None in offers:
         return  # a task of the user's own, that says in another way what it wants
     if wanted in offers:
@@ -74,9 +70,9 @@ def take_offer(job: Job, resources: Resources) -> None:
     resources.pop("ordered", None)
     resources["infra"] = "runpod"
     resources["instance_type"] = f"{count}x_{names.get(gpu, gpu)}_SECURE"
-    if ceiling := resources.get("max_hourly_cost"):
-        allowed = round(PRICE_MARGIN * float(job.plan["usd_per_hour"] or offer.usd_per_hour), 2)
-        resources["max_hourly_cost"] = min(float(ceiling), allowed)
+    ceiling, price = resources.get("max_hourly_cost"), rung_usd_per_hour(resources, job)
+    if ceiling and price:
+        resources["max_hourly_cost"] = min(float(ceiling), round(PRICE_MARGIN * price, 2))
 
 
 def check_prices(job: Job, resources: Resources) -> None:

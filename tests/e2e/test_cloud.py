@@ -144,8 +144,7 @@ def test_sky_down_saves_first(client: Client, engine: Engine) -> None:
     wait_until(lambda: trains in client.in_pod("cat", f"{run}/metrics.jsonl"), COMMAND_S, "a run")
     saved = f"find {run}/checkpoints -name manifest.json"
     assert client.on_volume(engine, saved) == ""
-    code, said = client("sky", "down", "-y", "saved")
-    assert code == 0, said
+    client.down("saved")
     assert client.account.alive() == []
     assert "manifest.json" in client.on_volume(engine, saved)
     status = json.loads(client.on_volume(engine, f"cat {run}/status.json"))
@@ -229,8 +228,7 @@ def test_a_private_image_is_pulled_with_a_login_that_is_removed(
     assert account.login_of(asked["templateId"]) == login_call["name"]
     assert password not in said
     assert client.on_volume(engine, f"grep -rl {password} /workspace || true").strip() == ""
-    code, said = client("sky", "down", "-y", "private")
-    assert code == 0, said
+    client.down("private")
     assert account.alive() == [] and account.logins() == []
 
 
@@ -258,8 +256,7 @@ def test_d64_by_sky_launch_sends_its_text_and_resumes(
     run = f"{HOME}/runs/d64_1000usd"
     report = client.on_volume(engine, f"cat {run}/report.md")
     assert "combined_output.txt" in report
-    code, said = client("sky", "down", "-y", "d64")
-    assert code == 0, said
+    client.down("d64")
     assert client.account.alive() == []
 
 
@@ -270,8 +267,7 @@ def test_serve_by_sky_launch_talks_through_a_tunnel(client: Client) -> None:
         *("sky", "launch", "-y", "-c", "smoke", "sky/cpu_smoke.yaml", "--env", f"ARGS={TOY}")
     )
     assert code == 0, said
-    code, said = client("sky", "down", "-y", "smoke")
-    assert code == 0, said
+    client.down("smoke")
     serve = ("sky", "launch", "-y", "-c", "serve", "sky/serve.yaml", "--env", "RUN=smoke", "-d")
     code, said = client(*serve)
     assert code == 0, said
@@ -294,6 +290,5 @@ def test_serve_by_sky_launch_talks_through_a_tunnel(client: Client) -> None:
         )
         answer = json.loads(urllib.request.urlopen(request).read())
         assert answer["choices"][0]["message"]["role"] == "assistant"
-    code, said = client("sky", "down", "-y", "serve")
-    assert code == 0, said
+    client.down("serve")
     assert client.account.alive() == []

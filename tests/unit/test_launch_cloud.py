@@ -76,7 +76,7 @@ def test_a_volume_that_is_too_small_is_refused_before_any_money(account: Launche
 
 def test_the_volume_of_sky_is_as_its_file_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(launch("d20", "sky", "--dry-run"), Rendered)
-    monkeypatch.setattr(sky, "volume_gb", lambda job, options: 30.0)
+    monkeypatch.setattr(sky, "volume_gb", lambda config, options: 30.0)
     with pytest.raises(LaunchError, match=r"volume too small: 27\.9 GiB"):
         launch("d20", "sky", "--dry-run")
 

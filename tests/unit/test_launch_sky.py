@@ -468,5 +468,5 @@ def test_a_text_of_one_s_own_is_sent_along_or_on_the_volume_or_refused(
 
 
 def test_the_volume_of_a_task_has_the_size_that_its_file_gives_it() -> None:
-    assert launcher.volume_gb(job(), PULLED) == 300.0
-    assert launcher.volume_gb(job(), SkyOptions(infra="lambda")) is None
+    assert launcher.volume_gb("d20.toml", PULLED) == 300.0
+    assert launcher.volume_gb("d20.toml", SkyOptions(infra="lambda")) is None

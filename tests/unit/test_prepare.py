@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import save
+from tiny_run import make_run_for, spec_of_stage
 
 from nanochat import prepare as preparing
 from nanochat.conversations import train_on_conversations
@@ -16,45 +16,20 @@ from nanochat.gpt import GPT
 from nanochat.prepare import compute_dtype, note_out_of_memory, prepare
 from nanochat.rundir import Outcome, RunDir, StopReason
 from nanochat.scaling import gpt_config
-from nanochat.spec import RunSpec
 from nanochat.stage import StageFailed
 from nanochat.stages.base_train import sample_prompts
-from nanochat.tokenizer import CharTokenizer, Tokenizer
+from nanochat.tokenizer import CharTokenizer
 
 STAGE = "mid_train"
-SPEC = RunSpec.model_validate(
-    {
-        "name": "t",
-        "model": {"depth": 1, "aspect_ratio": 16, "head_dim": 16, "seq_len": 64, "vocab_size": 300},
-        "checkpoint": {"free_floor_gib": 0.0},
-        "runtime": {"compile": False, "tensorboard": False, "device": "cpu"},
-        "base_train": {"num_steps": 1, "total_batch_size": 512},
-        STAGE: {
-            "num_steps": 3,
-            "total_batch_size": 512,
-            "eval_every_steps": 10,
-            "eval_tokens": 512,
-            "mixture": {"copying": 60},
-        },
-    }
+SPEC = spec_of_stage(
+    STAGE, num_steps=3, total_batch_size=512, eval_every_steps=10, mixture={"copying": 60}
 )
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_run(path: Path, device_batch_size: int = 8, world_size: int = 1) -> RunDir:
-    """A run whose base training is done, with a plan that chose a device batch for mid_train."""
-    run = RunDir(path)
-    run.create()
-    run.freeze_spec(SPEC)
-    stages = [{"stage": STAGE, "device_batch_size": device_batch_size}]
-    run.freeze_plan({"offer": "cpu", "world_size": world_size, "stages": stages})
-    Tokenizer.train(["the cat and the hat"] * 9, 300).save(run.tokenizer_dir)
-    model = GPT(gpt_config(SPEC.model))
-    model.init_weights(0)
-    save(run, "base_train", model)
-    return run
+    return make_run_for(path, STAGE, SPEC, device_batch_size, world_size)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """A run directory made in two seconds, whose model has learned a few answers by heart."""
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -95,15 +97,48 @@ def make_char_run(path: str) -> RunDir:
     return run
 
 
-def begin_run(path: str, tokenizer: Tokenizer | CharTokenizer) -> tuple[RunDir, GPT]:
+def begin_run(
+    path: Path | str, tokenizer: Tokenizer | CharTokenizer, spec: RunSpec = SPEC
+) -> tuple[RunDir, GPT]:
     """A run with its tokenizer, and its model before any training."""
     run = RunDir(path)
     run.create()
-    run.freeze_spec(SPEC)
+    run.freeze_spec(spec)
     tokenizer.save(run.tokenizer_dir)
-    model = GPT(gpt_config(SPEC.model))
+    model = GPT(gpt_config(spec.model))
     model.init_weights(0)
     return run, model
+
+
+def spec_of_stage(stage: str, **settings: Any) -> RunSpec:
+    """A spec whose one stage behind base training learns from conversations."""
+    return RunSpec.model_validate(
+        {
+            "name": "t",
+            "model": {
+                "depth": 1,
+                "aspect_ratio": 16,
+                "head_dim": 16,
+                "seq_len": 64,
+                "vocab_size": 300,
+            },
+            "checkpoint": {"free_floor_gib": 0.0},
+            "runtime": {"compile": False, "tensorboard": False, "device": "cpu"},
+            "base_train": {"num_steps": 1, "total_batch_size": 512},
+            stage: {"eval_tokens": 512, **settings},
+        }
+    )
+
+
+def make_run_for(
+    path: Path, stage: str, spec: RunSpec, device_batch_size: int, world_size: int = 1
+) -> RunDir:
+    """A run whose base training is done, with a plan that chose a device batch for a stage."""
+    run, model = begin_run(path, Tokenizer.train(["the cat and the hat"] * 9, 300), spec)
+    stages = [{"stage": stage, "device_batch_size": device_batch_size}]
+    run.freeze_plan({"offer": "cpu", "world_size": world_size, "stages": stages})
+    save(run, "base_train", model)
+    return run
 
 
 def save(run: RunDir, stage: str, model: GPT, step: int = 7, val_bpb: float = 1.0) -> None:

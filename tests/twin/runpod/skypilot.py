@@ -116,6 +116,11 @@ class Client:
         (found,) = json.JSONDecoder().raw_decode(said[said.index("[\n") :])[0]
         return found["autostop"], found["to_down"]
 
+    def down(self, cluster: str) -> None:
+        """End a cluster, its hooks included."""
+        code, said = self("sky", "down", "-y", cluster)
+        assert code == 0, said
+
     def on_volume(self, engine: Engine, script: str) -> str:
         (volume,) = self.account.volumes.values()
         return engine.shell(volume["docker"], script)
