@@ -1,12 +1,11 @@
 """How the training stages of a spec lie on an offer: ranks, sharding, recomputation, batches."""
 
 import bisect
-import functools
 import math
 from collections.abc import Callable
 
 from infra.hardware import Offer, world_size
-from infra.memory import Layout, Memory, step_memory
+from infra.memory import Layout, Memory, memory_by_rows
 from infra.throughput import step_time
 from nanochat.scaling import GPTConfig, StageNumbers, divisors, resolve_stage
 from nanochat.spec import TRAIN_STAGES, RunSpec, TrainStage
@@ -46,13 +45,20 @@ def choose_layout(spec: RunSpec, offer: Offer, c: GPTConfig) -> tuple[Layout, li
     """
     ranks = num_ranks(spec, offer)
     firsts = [resolve_stage(spec, name, ranks) for name in TRAIN_STAGES if getattr(spec, name)]
+    sizes = [_device_batches(spec, offer, first) for first in firsts]
+    most = [able[-1] for able in sizes]
+    all_rows_fit = False
     best: tuple[float, Layout, list[tuple[int, Memory]]] | None = None
     for layout in _candidates(spec, offer):
-        memory_of = _memory_of(c, layout, offer)
-        fitted = [_fit(spec, offer, layout, memory_of, first) for first in firsts]
+        if layout.recompute and all_rows_fit:
+            continue  # recomputation only costs, unless it makes room for more rows
+        memory_of = memory_by_rows(c, layout, offer)
+        fitted = [_fit(memory_of, able) for able in sizes]
         cost = math.inf
         if all(memory.fits for _, memory in fitted):
-            cost = _longest_step_s(c, layout, offer, firsts, [rows for rows, _ in fitted])
+            device_rows = [rows for rows, _ in fitted]
+            cost = _longest_step_s(c, layout, offer, firsts, device_rows)
+            all_rows_fit = not layout.recompute and device_rows == most
         nothing_fits = math.isinf(cost) and best is not None and math.isinf(best[0])
         if best is None or nothing_fits or cost < WORTH_IT * best[0]:
             best = (cost, layout, fitted)
@@ -78,25 +84,17 @@ def _candidates(spec: RunSpec, offer: Offer) -> list[Layout]:
     ]
 
 
-def _memory_of(c: GPTConfig, layout: Layout, offer: Offer) -> Callable[[int], Memory]:
-    """Rows per device and forward pass -> memory of a step; the stages ask for the same ones."""
-    return functools.cache(lambda rows: step_memory(c, layout, rows, offer))
-
-
-def _fit(
-    spec: RunSpec,
-    offer: Offer,
-    layout: Layout,
-    memory_of: Callable[[int], Memory],
-    first: StageNumbers,
-) -> tuple[int, Memory]:
-    """The largest device batch that fits, the smallest where none does; and its memory."""
+def _device_batches(spec: RunSpec, offer: Offer, first: StageNumbers) -> tuple[int, ...]:
+    """Device batches of a stage to choose from, ascending; one where the spec says which."""
     stage: TrainStage = getattr(spec, first.stage)
-    sizes = [first.device_batch_size]
-    rows_per_rank = first.rows_per_step // layout.world_size
-    if stage.device_batch_size == "auto":
-        most = first.device_batch_size if offer.cpu else rows_per_rank
-        sizes = [d for d in divisors(rows_per_rank) if d <= most]
+    if stage.device_batch_size != "auto":
+        return (first.device_batch_size,)
+    able = divisors(first.device_batch_size * first.grad_accum_steps)
+    return able[: bisect.bisect_right(able, first.device_batch_size)] if offer.cpu else able
+
+
+def _fit(memory_of: Callable[[int], Memory], sizes: tuple[int, ...]) -> tuple[int, Memory]:
+    """The largest device batch that fits, the smallest where none does; and its memory."""
     if not memory_of(sizes[-1]).fits:  # more rows never take less memory
         first_too_many = bisect.bisect_left(
             sizes[1:-1], True, key=lambda rows: not memory_of(rows).fits

@@ -11,7 +11,8 @@
 import functools
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from infra.hardware import GIB, Offer
 from nanochat.scaling import GPTConfig, num_params, num_params_per_layer
@@ -115,26 +116,39 @@ class Memory:
 
     def to_json(self) -> dict[str, float]:
         """`memory_gib` of plan --json."""
-        tree = {k: round(v / GIB, 4) for k, v in asdict(self).items()}
+        tree = {k: round(v / GIB, 4) for k, v in vars(self).items()}
         return {**tree, "total": round(self.total / GIB, 4)}
 
 
 def step_memory(c: GPTConfig, layout: Layout, rows: int, offer: Offer) -> Memory:
     """Largest memory of a step with `rows` rows per device and forward pass."""
-    tokens = rows * c.seq_len
+    return memory_by_rows(c, layout, offer)(rows)
+
+
+def memory_by_rows(c: GPTConfig, layout: Layout, offer: Offer) -> Callable[[int], Memory]:
+    """Rows per device and forward pass -> `step_memory`; what rows do not change is counted once,
+    since a search asks for many."""
     weights, optimizer, loose = state_bytes(c, layout)
-    activations = activation_bytes(c, layout, tokens)
-    logits = logit_bytes(c, layout, tokens)
-    in_tensors = 2 * weights + optimizer + activations + logits
-    return Memory(
-        params=weights,
-        grads=weights,
-        optimizer=optimizer,
-        activations=activations,
-        logits=logits,
-        overhead=FRAGMENTATION * in_tensors + loose,
-        available=offer.memory_gib * GIB * USABLE_SHARE[offer.cpu],
-    )
+    per_token = activation_bytes_per_token(c, layout)
+    available = offer.memory_gib * GIB * USABLE_SHARE[offer.cpu]
+
+    @functools.cache
+    def memory(rows: int) -> Memory:
+        tokens = rows * c.seq_len
+        activations = float(tokens * per_token)
+        logits = logit_bytes(c, layout, tokens)
+        in_tensors = 2 * weights + optimizer + activations + logits
+        return Memory(
+            params=weights,
+            grads=weights,
+            optimizer=optimizer,
+            activations=activations,
+            logits=logits,
+            overhead=FRAGMENTATION * in_tensors + loose,
+            available=available,
+        )
+
+    return memory
 
 
 @functools.lru_cache(maxsize=1024)
@@ -182,7 +196,7 @@ def optimizer_bytes(c: GPTConfig, layout: Layout) -> int:
     return ends + 4 * owned
 
 
-def activation_bytes(c: GPTConfig, layout: Layout, tokens: int) -> float:
+def activation_bytes_per_token(c: GPTConfig, layout: Layout) -> float:
     """Bytes that the backward pass reads: of all blocks; or, recomputed, of every block's input,
     of one block, and of the gradients that are in hand there."""
     block, wide = layer_activations(c, layout), c.n_embd * layout.itemsize
@@ -193,7 +207,7 @@ def activation_bytes(c: GPTConfig, layout: Layout, tokens: int) -> float:
         kept = c.n_layer * code.kept_recomputed_d * wide + block + in_hand * wide
     # the embedding in float32, the last x and its norm, token ids and targets
     ends = 4 * c.n_embd + 2 * wide + 16
-    return float(tokens * (kept + ends))
+    return kept + ends
 
 
 def layer_activations(c: GPTConfig, layout: Layout) -> int:

@@ -3,10 +3,9 @@
 Pure arithmetic on the numbers of scaling.resolve; plan.json of a run is its result, frozen.
 """
 
-import functools
 import math
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from infra import alternatives, plan_table, verdict
@@ -134,7 +133,7 @@ class Plan:
             "peak_flops": self.offer.peak_flops,
             "peak_source": self.offer.peak_source,
             "data_tokens": self.data_tokens,
-            "data": [asdict(facts) for facts in source_facts(self.spec)],
+            "data": [dict(vars(facts)) for facts in source_facts(self.spec)],
             "stop": self.stop,
         }
 
@@ -201,8 +200,8 @@ class _Sketch:
         self.layout, self.fitted = choose_layout(spec, offer, config)
         self.others = other_stages(spec, config, self.layout, offer)
         self.data_tokens = data_tokens(spec)
-        self.step_s = functools.cache(self._step_s)
-        self.look_s = functools.cache(self._look_s)
+        self.step_s = {n.stage: self._step_s(n) for n, _ in self.fitted}
+        self.look_s = {n.stage: self._look_s(n.stage) for n, _ in self.fitted}
         self.stall_s = forecast_checkpoints(spec, config, self.layout, offer, {}).stall_s
 
     def stages(self) -> list[StagePlan]:
@@ -237,14 +236,14 @@ class _Sketch:
         """Seconds of a stage: start, compile, steps, looks at the validation loss, saves."""
         stage: TrainStage = getattr(self.spec, numbers.stage)
         looks = math.ceil(num_steps / stage.eval_every_steps) + 1
-        step_s = self.step_s(numbers.device_batch_size, numbers.grad_accum_steps)
-        train_s = num_steps * step_s + looks * self.look_s(numbers.stage)
+        train_s = num_steps * self.step_s[numbers.stage] + looks * self.look_s[numbers.stage]
         saves = train_s / self.spec.budget.checkpoint_every_s + looks
         start_s = START_S + (COMPILE_S[self.offer.cpu] if self.layout.compiled else 0.0)
         return start_s + train_s + saves * self.stall_s
 
-    def _step_s(self, rows: int, accum: int) -> float:
-        """Seconds of an optimizer step of `accum` passes of `rows` rows per device."""
+    def _step_s(self, numbers: StageNumbers) -> float:
+        """Seconds of an optimizer step of a stage."""
+        rows, accum = numbers.device_batch_size, numbers.grad_accum_steps
         return step_time(self.config, self.layout, self.offer, rows, accum).total_s
 
     def _look_s(self, stage: str) -> float:
@@ -271,8 +270,7 @@ class _Sketch:
         """The plan of one training stage whose steps are known."""
         assert numbers.num_steps is not None and numbers.num_tokens is not None
         c, offer = self.config, self.offer
-        step_s = self.step_s(numbers.device_batch_size, numbers.grad_accum_steps)
-        tokens_per_s = numbers.total_batch_size / step_s
+        tokens_per_s = numbers.total_batch_size / self.step_s[numbers.stage]
         hours = self.stage_s(numbers, numbers.num_steps) / 3600
         stage = getattr(self.spec, numbers.stage)
         epochs = getattr(stage, "num_epochs", None)

@@ -403,6 +403,10 @@ class RunSpec(Section):
     evaluate: Evaluate | None = None
     report: Report | None = None
 
+    def __hash__(self) -> int:
+        """By little: equal specs have equal hashes, mixtures have none."""
+        return hash((self.name, self.offer, self.model))
+
     @property
     def stages(self) -> tuple[str, ...]:
         """Names of the stages that are switched on, in run order."""

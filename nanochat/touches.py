@@ -261,34 +261,42 @@ class SourceFacts:
 
 def source_facts(spec: RunSpec) -> list[SourceFacts]:
     """What the stages of a spec read from publishers, source by source."""
-    paths: dict[str, list[str]] = {}
-    for path in published_paths(spec):
-        paths.setdefault(path.partition("/")[0], []).append(path)
-    roots = data_roots()
-    return [
-        _source_facts(source, found, tuple(root for root in roots if (root / source).exists()))
-        for source, found in paths.items()
-    ]
+    found, all_roots = [], data_roots()
+    for source, paths in _by_source(published_paths(spec)):
+        roots = tuple(root for root in all_roots if (root / source).exists())
+        places = [find(path, roots) if roots else None for path in paths]
+        sizes = tuple(None if place is None else place.stat().st_size for place in places)
+        found.append(_source_facts(source, paths, sizes, _fetched_revision(source, roots)))
+    return found
 
 
-def _source_facts(source: str, paths: list[str], roots: tuple[Path, ...]) -> SourceFacts:
-    """roots: the data folders that have the source."""
+@functools.lru_cache(maxsize=64)
+def _by_source(paths: tuple[str, ...]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    by_source: dict[str, list[str]] = {}
+    for path in paths:
+        by_source.setdefault(path.partition("/")[0], []).append(path)
+    return tuple((source, tuple(found)) for source, found in by_source.items())
+
+
+@functools.lru_cache(maxsize=64)
+def _source_facts(
+    source: str, paths: tuple[str, ...], sizes: tuple[int | None, ...], fetched: str | None
+) -> SourceFacts:
+    """sizes: of each path in bytes, None where it is missing; fetched: the revision there."""
     shipped = package_lock()[source]
     total_bytes = missing_bytes = missing = first_seen = 0
-    for path in paths:
+    for path, there in zip(paths, sizes, strict=True):
         entry = shipped["files"].get(path.partition("/")[2], {})
-        place = find(path, roots) if roots else None
-        size = place.stat().st_size if place is not None else entry.get("size")
-        size = size or shipped["about_bytes_per_file"]
+        size = there or entry.get("size") or shipped["about_bytes_per_file"]
         total_bytes += size
         first_seen += entry.get("sha256") is None
-        if place is None:
+        if there is None:
             missing += 1
             missing_bytes += size
     return SourceFacts(
         source=source,
         licence=shipped["licence"],
-        revision=shipped.get("revision") or _fetched_revision(source, roots),
+        revision=shipped.get("revision") or fetched,
         files=len(paths),
         missing=missing,
         bytes=total_bytes,
