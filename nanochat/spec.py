@@ -26,6 +26,8 @@ STAGES = (
     "report",
 )
 TRAIN_STAGES = ("base_train", "mid_train", "chat_sft")
+LENGTHS = ("num_steps", "tokens_per_param", "num_epochs", "horizon")
+"""How long a training stage is: it has one of these."""
 GENERATED_TASKS = ("arithmetic", "copying", "identity", "kinds", "spelling")
 """Tasks whose examples the kit makes itself."""
 PUBLISHED_TASKS = (
@@ -456,8 +458,9 @@ def load_spec(config: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
         raise SpecError(f"{path}: cannot be read: {e}") from None
     except tomllib.TOMLDecodeError as e:
         raise SpecError(f"{path}: not valid TOML: {e}") from None
+    given = {override.partition("=")[0].strip() for override in overrides}
     for override in overrides:
-        _apply_override(tree, override, path)
+        _apply_override(tree, override, path, given)
     try:
         return RunSpec.model_validate(tree)
     except ValidationError as e:
@@ -526,8 +529,12 @@ def _missing_file(path: Path) -> str:
     return message
 
 
-def _apply_override(tree: dict[str, Any], override: str, path: Path) -> None:
-    """Set one `section.field=value` in the tree of the TOML file. Raises SpecError."""
+def _apply_override(tree: dict[str, Any], override: str, path: Path, given: set[str]) -> None:
+    """Set one `section.field=value` in the tree of the TOML file. Raises SpecError.
+
+    given: the names of all overrides. Of fields of which a stage has one, a new one replaces the
+    file's; two overrides for one stage are left to be refused.
+    """
     name, equals, literal = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
@@ -557,6 +564,10 @@ def _apply_override(tree: dict[str, Any], override: str, path: Path) -> None:
     if leaf is not None and _section_of(leaf.annotation) is not None:
         raise SpecError(f"override {override!r}: {name} is a section; give {name}.FIELD=value")
     section[keys[-1]] = value
+    if keys[-1] in LENGTHS:
+        for other in LENGTHS:
+            if other != keys[-1] and ".".join((*keys[:-1], other)) not in given:
+                section.pop(other, None)
 
 
 def _unknown(key: str, known: list[str], kind: str) -> str:

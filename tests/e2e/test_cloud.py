@@ -30,7 +30,7 @@ D64_TOY = (
     'offer="cpu" runtime.device="cpu" runtime.compile=false runtime.num_threads=1 model.depth=2 '
     "model.aspect_ratio=32 model.head_dim=32 model.seq_len=64 base_train.total_batch_size=1024 "
     "base_train.eval_tokens=4096 base_train.eval_every_steps=50 checkpoint.free_floor_gib=0.05 "
-    'budget.checkpoint_every_s=1.0 base_train.horizon="steps" base_train.num_steps=300'
+    "budget.checkpoint_every_s=1.0 base_train.num_steps=300"
 )
 """Of d64's own stay the text, its characters and the sharding; its budget would be the horizon."""
 NEVER_UP_S = 150.0

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.spec import (
+    LENGTHS,
     RunSpec,
     SpecError,
     describe_fields,
@@ -16,6 +17,7 @@ from nanochat.spec import (
     spec_from_json,
 )
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MINIMAL = """
 name = "x"
 [model]
@@ -46,6 +48,29 @@ def test_overrides_are_toml_literals(config: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("config_name", "override"),
+    [
+        ("smoke", "base_train.tokens_per_param=20.0"),
+        ("d64_1000usd", "base_train.num_steps=300"),
+        ("d20", "mid_train.num_steps=7"),
+    ],
+)
+def test_a_length_of_the_command_line_replaces_the_files(config_name: str, override: str) -> None:
+    spec = load_spec(CONFIGS / f"{config_name}.toml", [override])
+    stage, _, value = override.removesuffix(".0").partition(".")
+    field, _, number = value.partition("=")
+    lengths = {name: getattr(getattr(spec, stage), name, None) for name in LENGTHS}
+    assert {name: given for name, given in lengths.items() if given} == {field: int(number)}
+
+
+def test_two_lengths_for_one_stage_are_refused(config: Path) -> None:
+    two = ["base_train.num_steps=5", "base_train.tokens_per_param=20.0"]
+    for overrides in (two, two[::-1]):
+        with pytest.raises(SpecError, match=r"exactly one.*given: num_steps, tokens_per_param"):
+            load_spec(config, overrides)
+
+
+@pytest.mark.parametrize(
     ("override", "wants"),
     [
         ("model.dept=3", ["model", "'dept'", "did you mean 'depth'", "seq_len"]),
@@ -55,7 +80,7 @@ def test_overrides_are_toml_literals(config: Path) -> None:
         ("model.depth=2.5", ["model.depth", "2.5", "integer"]),
         ("chat_rl.num_steps=3", ["chat_rl", "cannot create", "model, base_train"]),
         ("base_train.matrix_lr=fast", ["'fast'", "TOML literal", '"fast"']),
-        ('base_train.horizon="budget"', ["exactly one", "num_steps, horizon"]),
+        ('base_train.horizon="budget"', ["needs budget.max_hours or budget.max_usd"]),
         ("model=3", ["model.FIELD=value"]),
         ('name="a/b"', ["name", '"a/b"', "[A-Za-z0-9]"]),
         ("name.x=3", ["name", "not a section"]),
