@@ -12,9 +12,9 @@ from pathlib import Path
 from infra.hardware import GIB, Offer, cores_here
 from infra.memory import Layout
 from infra.throughput import decode_s, forward_s
-from nanochat.scaling import GPTConfig, checkpoint_bytes
+from nanochat.scaling import GPTConfig, checkpoint_bytes, mixture_tokens
 from nanochat.spec import TRAIN_STAGES, Data, RunSpec, TrainStage
-from nanochat.touches import package_lock, published_paths
+from nanochat.touches import data_roots, package_lock, published_paths, source_facts
 
 BOOT_S = 600.0
 """Rented machine until our code runs: cold boot and image pull, 6 to 10 minutes (union.ai)."""
@@ -43,6 +43,10 @@ VOLUME_BYTES_PER_S = {False: 0.3e9, True: 0.5e9}
 """Writing of a checkpoint: network volume, local disk. Keys: whether it is a CPU."""
 COPY_BYTES_PER_S = {False: 10e9, True: 3e9}
 """Copy to host memory while the loop is held; shared out over the ranks."""
+
+LESS_SPACE = "checkpoint.keep_last=1 or checkpoint.thin_old=true need less"
+RENDERED_BYTES_PER_TOKEN = 4
+"""Of the conversations that a chat stage keeps in RUN/conversations while it trains."""
 
 CHARS_PER_TOKEN = (
     (16, 1.0),
@@ -116,6 +120,26 @@ def _bytes_of(paths: tuple[str, ...]) -> float:
             size = known.get("files", {}).get(name, {}).get("size")
             total += size or known.get("about_bytes_per_file") or SMALL_FILE_BYTES
     return total
+
+
+def data_bytes(spec: RunSpec, *, missing_only: bool) -> float:
+    """Bytes that a run puts on its volume beside the checkpoints: files that are fetched, the token
+    cache, and the conversations of the larger chat stage.
+
+    missing_only: without what this machine has already.
+    """
+    facts = source_facts(spec)
+    fetched = sum(source.missing_bytes if missing_only else source.bytes for source in facts)
+    cached = 0.0
+    if spec.data.cache:
+        tokens = (data_tokens(spec) or 0.0) / (1 - spec.data.val_fraction)
+        cached = tokens * (2 if spec.model.vocab_size <= 2**16 else 4)
+    if missing_only:
+        caches = (file for root in data_roots() for file in root.glob("tokens/*/tokens.bin"))
+        cached = max(0.0, cached - sum(file.stat().st_size for file in caches))
+    chats = [stage.mixture for stage in (spec.mid_train, spec.chat_sft) if stage is not None]
+    rendered = RENDERED_BYTES_PER_TOKEN * max(map(mixture_tokens, chats), default=0)
+    return fetched + cached + rendered
 
 
 def other_stages(spec: RunSpec, c: GPTConfig, layout: Layout, offer: Offer) -> list[OtherStage]:
@@ -245,3 +269,16 @@ def forecast_checkpoints(
     if not policy.asynchronous:
         stall_s += write_s
     return CheckpointForecast(each, kept, written, stall_s + write_s, stall_s)
+
+
+def volume_gib(
+    spec: RunSpec, checkpoints: CheckpointForecast, data_bytes: float
+) -> tuple[float, str]:
+    """(most that a run has on its volume with what has to stay free, of what that is), in GiB."""
+    floor_gib = spec.checkpoint.free_floor_gib
+    need_gib = (checkpoints.kept + checkpoints.each + data_bytes) / GIB + floor_gib
+    of_what = (
+        f"{checkpoints.kept / GIB:.1f} of checkpoints, {checkpoints.each / GIB:.1f} for one in the "
+        f"making, {data_bytes / GIB:.1f} of data, {floor_gib:g} left free"
+    )
+    return need_gib, of_what

@@ -14,6 +14,7 @@ from infra.estimates import (
     START_S,
     CheckpointForecast,
     OtherStage,
+    data_bytes,
     data_tokens,
     forecast_checkpoints,
     other_stages,
@@ -82,8 +83,10 @@ class Plan:
     storage_usd: float
     data_tokens: float | None
     """One pass over the base data; None where the text is not on this machine."""
+    data_bytes: float
+    """What the run puts on the volume beside its checkpoints."""
     free_gib: float | None
-    """Free space where the checkpoints go; None where that is another machine."""
+    """Free space on the volume; None where that is another machine's."""
     verdict: str = "ok"
     """ok | warn | refused"""
     reasons: tuple[str, ...] = ()
@@ -151,7 +154,7 @@ def make_plan(
 ) -> Plan:
     """Plan a run on an offer (unset: the spec's).
 
-    free_gib: free space where the checkpoints will go, where that is known. A run that cannot work
+    free_gib: free space on the volume, where that is known. A run that cannot work
     is no error but refused, with the reason; `look_further` then looks for runs that can.
     Raises SpecError for an offer or a model shape that there is not.
     """
@@ -318,6 +321,7 @@ def _priced(sketch: _Sketch, free_gib: float | None) -> Plan:
         usd=hours * sketch.offer.usd_per_hour + storage_usd,
         storage_usd=storage_usd,
         data_tokens=sketch.data_tokens,
+        data_bytes=data_bytes(sketch.spec, missing_only=sketch.offer.cpu),
         free_gib=free_gib,
     )
 
@@ -344,6 +348,7 @@ def _refused(spec: RunSpec, offer: Offer, c: GPTConfig, reason: str) -> Plan:
         usd=0.0,
         storage_usd=0.0,
         data_tokens=None,
+        data_bytes=0.0,
         free_gib=None,
         verdict="refused",
         reasons=(reason,),

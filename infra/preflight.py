@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infra import hardware, nodes
+from infra.estimates import LESS_SPACE, data_bytes, volume_gib
 from infra.hardware import GIB
 from nanochat import sandbox
 from nanochat.rundir import EXIT_DONE, EXIT_SPEC, EXIT_UNFIT_NODE, RunDir, nanochat_home
@@ -334,24 +335,20 @@ def _sandbox(spec: RunSpec) -> list[Fact]:
 
 
 def free_gib(run_dir: RunDir) -> float:
-    """Space for the checkpoints of a run: what is free, and what it already has."""
-    place = _existing(run_dir.path)
-    free = shutil.disk_usage(place).free + _bytes_below(run_dir.path / "checkpoints")
-    return free / GIB
+    """Space for what a run writes: what is free, and what it already has."""
+    written = sum(_bytes_below(run_dir.path / name) for name in ("checkpoints", "conversations"))
+    return (shutil.disk_usage(_existing(run_dir.path)).free + written) / GIB
 
 
 def _volume(spec: RunSpec, plan: "Plan", run_dir: RunDir) -> list[Fact]:
-    place = _existing(run_dir.path)
-    free = free_gib(run_dir) * GIB
-    need = plan.checkpoints.kept + plan.checkpoints.each + spec.checkpoint.free_floor_gib * GIB
+    there_gib = free_gib(run_dir)
+    data = data_bytes(spec, missing_only=True)
+    need_gib, of_what = volume_gib(spec, plan.checkpoints, data)
     text = (
-        f"{free / GIB:.1f} GiB free on {place}; checkpoints take {plan.checkpoints.kept / GIB:.1f}"
-        f" GiB, one in the making {plan.checkpoints.each / GIB:.1f} and the floor "
-        f"{spec.checkpoint.free_floor_gib:g}"
+        f"{there_gib:.1f} GiB free on {_existing(run_dir.path)}, {need_gib:.1f} needed ({of_what})"
     )
-    if free < need:
-        fix = "a larger volume, checkpoint.keep_last=1 or checkpoint.thin_old=true"
-        return [Fact("volume", text, "bad", fix, EXIT_SPEC)]
+    if there_gib < need_gib:
+        return [Fact("volume", text, "bad", f"a larger volume; {LESS_SPACE}", EXIT_SPEC)]
     return [Fact("volume", text, "ok")]
 
 

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from infra.estimates import LESS_SPACE, volume_gib
 from infra.hardware import GIB
 
 if TYPE_CHECKING:
@@ -61,14 +62,12 @@ def _over_budget(plan: "Plan") -> list[str]:
 def _volume_too_small(plan: "Plan") -> list[str]:
     if plan.free_gib is None or not plan.stages:
         return []
-    c, floor_gib = plan.checkpoints, plan.spec.checkpoint.free_floor_gib
-    need_gib = (c.kept + c.each) / GIB + floor_gib
+    need_gib, of_what = volume_gib(plan.spec, plan.checkpoints, plan.data_bytes)
     if need_gib <= plan.free_gib:
         return []
     return [
-        f"volume too small: {plan.free_gib:.1f} GiB free, checkpoints need {need_gib:.1f} "
-        f"({c.kept / GIB:.1f} kept, {c.each / GIB:.1f} in the making, {floor_gib:g} left free); "
-        "checkpoint.keep_last=1 or checkpoint.thin_old=true need less"
+        f"volume too small: {plan.free_gib:.1f} GiB free, {need_gib:.1f} needed ({of_what}); "
+        f"{LESS_SPACE}"
     ]
 
 

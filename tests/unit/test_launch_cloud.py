@@ -62,7 +62,7 @@ def test_an_offer_above_the_ceiling_is_not_asked_for(
 
 
 def test_a_volume_that_is_too_small_is_refused_before_any_money(account: Launcher) -> None:
-    """d20 keeps 24 GiB of checkpoints, has one of 5 in the making, and leaves 5 free."""
+    """d20 keeps 53 GiB of checkpoints, one of 5 in the making, 25 of data, and leaves 5 free."""
     account.volumes = [Volume("v", "nanochat", "CA-MTL-1", 30.0)]
     for words in (IMAGE, ("--dry-run",)):
         with pytest.raises(LaunchError, match=r"volume too small: 27\.9 GiB"):
