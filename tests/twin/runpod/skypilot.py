@@ -81,14 +81,18 @@ class Client:
     @contextlib.contextmanager
     def tunnel(self, cluster: str, port: int) -> Iterator[int]:
         """A port of this machine that leads to one of a cluster's, by the entry that SkyPilot
-        writes for ssh (which looks for it in the account's own home, not in HOME)."""
+        writes for ssh (which looks for it, and for the key, in the account's own home, not in
+        HOME)."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             mine = int(free.getsockname()[1])
-        entry = Path(self.env["HOME"]) / ".sky" / "generated" / "ssh" / cluster
+        made = Path(self.env["HOME"]) / ".sky" / "generated"
+        entry = ("-F", made / "ssh" / cluster, "-i", made / "ssh-keys" / f"{cluster}.key")
         way = ("-N", "-o", "ExitOnForwardFailure=yes", "-L", f"{mine}:127.0.0.1:{port}")
-        with subprocess.Popen(["ssh", "-F", entry, *way, cluster], env=self.env) as ssh:
+        with subprocess.Popen(["ssh", *entry, *way, cluster], env=self.env) as ssh:
             try:
+                wait_until(lambda: ssh.poll() is not None or _listens(mine), COMMAND_S, "a tunnel")
+                assert ssh.poll() is None, "ssh has ended"
                 yield mine
             finally:
                 ssh.terminate()
@@ -131,6 +135,11 @@ class Client:
         wait_until(lambda: "step_" in self.in_pod("cat", latest), COMMAND_S, "a first checkpoint")
         self.account.preempt(self.pod().id)
         assert self.account.alive() == []
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextlib.contextmanager
