@@ -119,15 +119,17 @@ def _is_whole(record: Record) -> bool:
 def time_left_s(budget: Budget, records: Iterable[Record], now: float) -> float | None:
     """Seconds from `now` until the first bound of the budget is reached at the present price.
 
-    Zero when it is reached; None where nothing bounds the run.
+    Zero when it is reached; None where nothing bounds the run. What was written before a clock was
+    set back counts all the same.
     """
     lines = [r for r in records if _is_whole(r)]
-    usd, used_s = spent(lines, now)
+    newest = max(lines, key=lambda r: float(r["time"]), default=None)
+    usd, used_s = spent(lines, now if newest is None else max(now, float(newest["time"])))
     bounds = []
     if budget.max_hours is not None:
         bounds.append(3600.0 * budget.max_hours - used_s)
     if budget.max_usd is not None:
-        price = _usd_per_s(max(lines, key=lambda r: float(r["time"]))) if lines else 0.0
+        price = 0.0 if newest is None else _usd_per_s(newest)
         if price > 0.0:
             bounds.append((budget.max_usd - usd) / price)
         elif usd >= budget.max_usd:

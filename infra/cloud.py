@@ -1,7 +1,6 @@
 """The verbs that reach a provider: launch --to runpod and --to sky, status, stop, reap, pull."""
 
 import argparse
-import contextlib
 import os
 import sys
 import time
@@ -21,7 +20,7 @@ from infra.launch.base import (
     present_secrets,
 )
 from infra.launch.sky_sdk import SkyPilot
-from infra.pull import Pulled, open_source
+from infra.pull import Host, Pulled, is_at, open_source
 from infra.pull import pull as bring
 from infra.runpod_api import ProviderError, connect
 from nanochat.rundir import EXIT_DONE, EXIT_UNFIT_NODE, RunDirError
@@ -163,14 +162,23 @@ def _volumes(options: runpod.RunPodOptions) -> Sequence[runpod.Volume]:
 
 
 def remote_status(run_name: str) -> dict[str, Any] | None:
-    """What a pod or a cluster of SkyPilot's says of a run; None where there is neither."""
+    """What a pod or a cluster of SkyPilot's says of a run; None where there is neither.
+
+    Raises LaunchError where that is not known, since the provider does not answer.
+    """
     if "/" in run_name:
         return None
+    silent = None
     if api := connect():
-        with contextlib.suppress(LaunchError):
+        try:
             if found := runpod_pod.status(api, run_name):
                 return found
-    return sky_cluster.status(run_name)
+        except LaunchError as e:
+            silent = e
+    found = sky_cluster.status(run_name)
+    if found is None and silent is not None:
+        raise silent
+    return found
 
 
 def remote_stop(run_name: str) -> int:
@@ -198,17 +206,25 @@ def reap_verb(args: argparse.Namespace) -> tuple[int, list[reap.Row]]:
 
 
 def pull_verb(args: argparse.Namespace) -> Pulled:
-    """Bring a run's weights; a run whose pod still lives is fetched from it."""
+    """Bring a run's weights; a run whose pod still lives is fetched from it, also where an
+    earlier pull of it is a folder of that name here."""
     to = Path(args.to)
     try:
         source = open_source(args.run_dir)
     except RunDirError:
-        api = connect()
-        pod = runpod_pod.find_pod(api, args.run_dir) if api is not None else None
-        there = sky_cluster.files_of(args.run_dir)
-        if pod is not None and pod.address is not None:
-            there = runpod_pod.run_on_pod(pod.address, args.run_dir)
+        there = _files_in_cloud(args.run_dir)
         if there is None:
             raise
-        source = there
+        return bring(there, to, args.best)
+    if "/" not in args.run_dir and is_at(source, to):
+        source = _files_in_cloud(args.run_dir) or source
     return bring(source, to, args.best)
+
+
+def _files_in_cloud(run_name: str) -> Host | None:
+    """The files of a run on its pod or cluster; None where there is none."""
+    api = connect()
+    pod = runpod_pod.find_pod(api, run_name) if api is not None else None
+    if pod is not None and pod.address is not None:
+        return runpod_pod.run_on_pod(pod.address, run_name)
+    return sky_cluster.files_of(run_name)

@@ -20,7 +20,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from nanochat.rundir import Outcome, RunDir
+from nanochat.checkpoint_dir import CheckpointDir, step_name
+from nanochat.rundir import Outcome, RunDir, RunDirError
 
 DRAW_EVERY_S = 0.2
 PLAIN_EVERY_S = 5.0
@@ -66,12 +67,8 @@ class Console:
         """A stage begins, or begins again."""
         self._stage_started_s = time.monotonic()
         self._drawn_s = -PLAIN_MOST_S
-        latest = self._run.checkpoints_dir(stage) / "latest"
-        begins = "starts"
-        with contextlib.suppress(OSError):
-            begins = f"resumes from {latest.read_text().strip()}"
         if not self._is_tty:
-            self._show(lambda: self._line(f"{self._place(stage)} {stage} {begins}"))
+            self._show(lambda: self._line(f"{self._place(stage)} {stage} {self._begins(stage)}"))
 
     def update(self, stage: str, progress: dict[str, Any]) -> None:
         """Show the progress that the stage has written; cheap, so call it at every poll."""
@@ -111,6 +108,14 @@ class Console:
         """Give the terminal back."""
         atexit.unregister(self.close)
         self._show(self._stop_live)
+
+    def _begins(self, stage: str) -> str:
+        """How the stage begins: it can be resumed from a full checkpoint only."""
+        with contextlib.suppress(OSError, RunDirError):
+            complete = CheckpointDir(self._run.checkpoints_dir(stage)).complete()
+            if full := [m.step for m in complete if m.kind == "full"]:
+                return f"resumes from {step_name(full[-1])}"
+        return "starts"
 
     # -- drawing
 

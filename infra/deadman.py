@@ -5,7 +5,7 @@
   provider for the price by itself, and ends the pod by the provider's API with the pod's own id.
 * It ends the pod when nothing of a run has given a sign of life for SILENCE_S, when the budget of
   the ledger is used up, or when the pod alone has cost more than its label allows.
-* A refused or lost call is made again, for ever.
+* A refused or lost call is made again, for ever; nothing that cannot be read ends the switch.
 """
 
 import contextlib
@@ -34,6 +34,13 @@ SERVING = "nanochat.chat."
 """Chat and web server are life of their own: a person or autostop ends them."""
 
 
+def tell(text: str) -> None:
+    """A line on stderr, if that takes any."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"dead man's switch: {text}\n")
+        sys.stderr.flush()
+
+
 class Switch:
     """Looks at the run of one pod. Clock and provider are given, so that a test can be hostile."""
 
@@ -46,6 +53,7 @@ class Switch:
         born: float | None = None,
         silence_s: float = SILENCE_S,
         is_serving: Callable[[], bool] = lambda: False,
+        tell: Callable[[str], None] = tell,
     ) -> None:
         self.home = home
         self.pod_id = pod_id
@@ -54,6 +62,8 @@ class Switch:
         self.born = born
         self.silence_s = silence_s
         self._is_serving = is_serving
+        self._tell = tell
+        self._unjudged: set[str] = set()
         self._born = time.monotonic()
         self._life: Any = None
         self._life_seen = self._born
@@ -63,22 +73,28 @@ class Switch:
         self._pod_seen = self._born
 
     def reason_to_end(self) -> str | None:
-        """Why the pod has to go now; None while all is well."""
+        """Why the pod has to go now; None while all is well. Raises nothing.
+
+        What cannot be judged is told once, and judged again by the next look.
+        """
         now = time.monotonic()
-        self._ask_price(now)
-        run = current_run(self.home)
-        life = self._signs_of(run)
-        if life != self._life:
-            self._life, self._life_seen = life, now
-        if self._over_label(now):
-            return f"the pod has cost the ${self.max_usd:.2f} that it may"
-        if run is not None and self._over_budget(run):
-            return f"the budget of {run.path} is spent"
-        if now - self._life_seen > self.silence_s:
-            if self._is_serving():
-                self._life_seen = now
-                return None
-            return f"no run has given a sign of life for {now - self._life_seen:.0f} s"
+        judges = {
+            "the price": self._ask_price,
+            "what the pod may cost": self._over_label,
+            "the budget of the run": self._over_budget,
+            "the silence of the run": self._over_silence,
+        }
+        for what, judge in judges.items():
+            try:
+                reason = judge(now)
+            except Exception as e:  # whatever it is, the others count
+                if what not in self._unjudged:
+                    self._tell(f"{what} cannot be judged: {e!r}; looking on")
+                self._unjudged.add(what)
+                continue
+            self._unjudged.discard(what)
+            if reason is not None:
+                return reason
         return None
 
     def end(self) -> bool:
@@ -105,24 +121,42 @@ class Switch:
                     signs.append(file.stat().st_mtime_ns)
         return tuple(signs)
 
-    def _over_label(self, now: float) -> bool:
+    def _over_label(self, now: float) -> str | None:
         if self.max_usd is None or self._pod is None:
-            return False
+            return None
         lived_s = self._pod.uptime_s + now - self._pod_seen
         if self.born is not None:
             lived_s = max(lived_s, time.time() - self.born)
         lived_s += EARLY_S
-        return lived_s / 3600.0 * self._highest_usd_per_hour >= self.max_usd
+        if lived_s / 3600.0 * self._highest_usd_per_hour >= self.max_usd:
+            return f"the pod has cost the ${self.max_usd:.2f} that it may"
+        return None
 
-    def _over_budget(self, run: RunDir) -> bool:
+    def _over_silence(self, now: float) -> str | None:
+        life = self._signs_of(current_run(self.home))
+        if life != self._life:
+            self._life, self._life_seen = life, now
+        silence_s = now - self._life_seen
+        if silence_s <= self.silence_s:
+            return None
+        if self._is_serving():
+            self._life_seen = now
+            return None
+        return f"no run has given a sign of life for {silence_s:.0f} s"
+
+    def _over_budget(self, _now: float) -> str | None:
         """Whether the money of the ledger is used up by a late next look, this pod still billed."""
+        path = pointer.current_run(self.home)
+        if path is None:
+            return None
+        run = RunDir(path)
         try:
             bounds = run.spec().budget
-        except (RunDirError, OSError):
-            return False
+        except RunDirError:
+            return None
         mine = [r for r in read_jsonl(run.ledger_file) if r.get("instance") == self.pod_id]
         if not mine:  # the ledger of an earlier pod; its supervisor has yet to start here
-            return False
+            return None
         now = time.time()
         price = float(mine[-1].get("usd_per_hour") or 0.0)
         if self._pod is not None:
@@ -130,18 +164,21 @@ class Switch:
             price = max(price, self._pod.usd_per_hour + storage)
         lives = {"event": "heartbeat", "time": now, "usd_per_hour": price, "instance": self.pod_id}
         left_s = budget.time_left_s(bounds, [*read_jsonl(run.ledger_file), lives], now)
-        return left_s is not None and left_s <= EARLY_S
+        if left_s is not None and left_s <= EARLY_S:
+            return f"the budget of {run.path} is spent"
+        return None
 
-    def _ask_price(self, now: float) -> None:
+    def _ask_price(self, now: float) -> str | None:
         if self.api is None or self.pod_id is None:
-            return
+            return None
         if self._asked is not None and now - self._asked < ASK_EVERY_S:
-            return
+            return None
         self._asked = now
         with contextlib.suppress(ProviderError):
             if pod := self.api.pod(self.pod_id):
                 self._pod, self._pod_seen = pod, now
                 self._highest_usd_per_hour = max(self._highest_usd_per_hour, pod.usd_per_hour)
+        return None
 
 
 def current_run(home: Path) -> RunDir | None:
@@ -154,9 +191,9 @@ def current_run(home: Path) -> RunDir | None:
 
 def note_life(home: Path, pod_id: str | None) -> None:
     """Count the pod in the ledger of its run up to now: a supervisor that hung, or was killed, has
-    left off before, and the pod that goes on with the run must know."""
-    run = current_run(home)
-    with contextlib.suppress(OSError):
+    left off before, and the pod that goes on with the run must know. Raises nothing."""
+    with contextlib.suppress(Exception):  # a ledger that takes no line must not keep the pod
+        run = current_run(home)
         mine = (
             [r for r in read_jsonl(run.ledger_file) if r.get("instance") == pod_id] if run else []
         )
@@ -169,12 +206,12 @@ def watch(switch: Switch, say: Callable[[str], None]) -> None:
     """Look until there is a reason, then ask for the end until the pod is gone."""
     while (reason := switch.reason_to_end()) is None:
         time.sleep(LOOK_EVERY_S)
-    say(f"dead man's switch: {reason}; this pod ends itself")
+    say(f"{reason}; this pod ends itself")
     for attempt in range(sys.maxsize):
         note_life(switch.home, switch.pod_id)
         switch.api = switch.api or connect()
         if not switch.end():
-            say("dead man's switch: the provider did not end the pod; asking again")
+            say("the provider did not end the pod; asking again")
         time.sleep(RETRY_S[min(attempt, len(RETRY_S) - 1)])
 
 
@@ -193,12 +230,7 @@ def main() -> int:
         return 0
     max_usd, born = label(os.environ, "MAX_USD"), label(os.environ, "BORN")
     switch = Switch(image_home(), pod_id, connect(), max_usd, born, is_serving=is_serving)
-
-    def say(text: str) -> None:
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
-
-    watch(switch, say)
+    watch(switch, tell)
     return 0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from infra.runpod_api import Pod, ProviderError, connect, label, this_pod
+from infra.runpod_api import Pod, connect, label, this_pod
 
 ASK_EVERY_S = 60.0
 
@@ -69,7 +69,7 @@ class Meter:
         """Ask once; without an answer nothing changes."""
         try:
             pod = self._ask()
-        except ProviderError:
+        except Exception:  # whatever the provider does, the run and this thread go on
             return
         if pod is None:
             return

@@ -117,6 +117,11 @@ def open_source(run: str, ssh_options: list[str] | None = None) -> Source:
     return Folder(find_run(run).path)
 
 
+def is_at(source: Source, to: Path) -> bool:
+    """Whether the run is in that very folder."""
+    return isinstance(source, Folder) and source.path.resolve() == to.resolve()
+
+
 def pull(
     source: Source, to: Path, best: bool, say: Callable[[str], object] = sys.stderr.write
 ) -> Pulled:
@@ -124,6 +129,8 @@ def pull(
 
     best: the lowest validation loss of the last stage that has weights, else its newest step.
     """
+    if is_at(source, to):
+        raise RunDirError(f"{to} is the run itself: --to takes another folder")
     to.mkdir(parents=True, exist_ok=True)
     stage, manifest = _choose(source, to, best)
     folder = f"checkpoints/{stage}/{step_name(manifest.step)}"
@@ -138,8 +145,10 @@ def pull(
     for name, record in kept.items():
         say(f"{name}: {record.size / 1e6:.1f} MB\n")
         _bring_checked(source, weights, folder, name, target)
-    beside = [file for folder in FOLDERS for file in source.files(folder)]
-    for file in (*BESIDE, *beside):
+    there = [file.removeprefix("./") for file in source.files(".")]
+    if "spec.json" not in there:
+        raise RunDirError("this run has no spec.json")
+    for file in (f for f in there if f in BESIDE or f.partition("/")[0] in FOLDERS):
         (to / file).parent.mkdir(parents=True, exist_ok=True)
         (to / file).unlink(missing_ok=True)
         try:

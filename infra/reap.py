@@ -11,7 +11,7 @@
 import math
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -104,13 +104,16 @@ def _adopt(pods: Iterable[Pod], file: Path) -> None:
         )
 
 
-def spent_before(run: str, file: Path | None = None) -> float:
-    """Dollars that earlier pods of a run have cost as far as this machine has seen: whole minutes
-    are billed."""
+def spent_before(run: str, file: Path | None = None, besides: Collection[str] = ()) -> float:
+    """Dollars that pods of a run have cost as far as this machine has seen: whole minutes are
+    billed.
+
+    besides: ids of pods that count their cost themselves.
+    """
     now = time.time()
     usd = 0.0
-    for life in _lives(read_jsonl(file or launches_file())).values():
-        if life.run == run:
+    for pod, life in _lives(read_jsonl(file or launches_file())).items():
+        if life.run == run and pod not in besides:
             last = life.last if life.is_over else min(now, life.last + GONE_S)
             usd += math.ceil((last - life.born) / TICK_S) * TICK_S / 3600.0 * life.usd_per_hour
     return usd
@@ -118,7 +121,7 @@ def spent_before(run: str, file: Path | None = None) -> float:
 
 @dataclass
 class Life:
-    """What this machine has seen of one pod; the price is the highest that was seen."""
+    """What this machine has seen of one pod: the highest price, the bound of its last launch."""
 
     run: str
     born: float
@@ -138,6 +141,8 @@ def _lives(records: Iterable[dict[str, Any]]) -> dict[str, Life]:
             pod,
             Life(str(r.get("run")), r.get("born") or r["time"], r["time"], price, r.get("max_usd")),
         )
+        if r.get("event") == "made":
+            life.max_usd = r.get("max_usd")
         if not life.is_over:
             longest = life.last + GONE_S if r.get("event") == "gone" else r["time"]
             life.last = max(life.last, min(r["time"], longest))

@@ -5,12 +5,13 @@ a laptop, with no SDK. The variables RUNPOD_* are read here and nowhere else.
 """
 
 import contextlib
+import http.client
 import json
 import os
 import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ POD_FIELDS = (
 )
 
 Post = Callable[[str, dict[str, str], bytes], bytes]
-"""(address, headers, body) -> body of the answer; raises OSError."""
+"""(address, headers, body) -> body of the answer; raises OSError or HTTPException."""
 
 
 class ProviderError(RuntimeError):
@@ -61,13 +62,15 @@ class RunPodApi:
     def pods(self) -> list[Pod]:
         """Every pod of the account."""
         data = self._query(f"query {{ myself {{ pods {{ {POD_FIELDS} }} }} }}")
-        return [_pod(p) for p in (data.get("myself") or {}).get("pods") or []]
+        with _as_provider_error():
+            return [_pod(p) for p in (data.get("myself") or {}).get("pods") or []]
 
     def pod(self, pod_id: str) -> Pod | None:
         """One pod; None where it is gone. A pod's own key may ask this, but not for all pods."""
         quoted = json.dumps(pod_id)
         data = self._query(f"query {{ pod(input: {{ podId: {quoted} }}) {{ {POD_FIELDS} }} }}")
-        return _pod(data["pod"]) if data.get("pod") else None
+        with _as_provider_error():
+            return _pod(data["pod"]) if data.get("pod") else None
 
     def terminate(self, pod_id: str) -> None:
         """End a pod and its billing."""
@@ -84,12 +87,15 @@ class RunPodApi:
             answer = json.loads(
                 self._post(self._url, headers, json.dumps({"query": query}).encode())
             )
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, http.client.HTTPException) as e:
             raise ProviderError(f"RunPod does not answer: {e}") from None
         if not isinstance(answer, dict) or answer.get("errors"):
             errors = answer.get("errors") if isinstance(answer, dict) else answer
             raise ProviderError(f"RunPod refuses: {_first_message(errors)}")
-        return answer.get("data") or {}
+        data = answer.get("data") or {}
+        if not isinstance(data, dict):
+            raise ProviderError(f"RunPod's answer cannot be read: {str(data)[:200]}")
+        return data
 
 
 def api_key(environ: Mapping[str, str] | None = None) -> str | None:
@@ -98,7 +104,7 @@ def api_key(environ: Mapping[str, str] | None = None) -> str | None:
     if key := environ.get("RUNPOD_API_KEY"):
         return key
     for home in {Path(environ.get("HOME") or "/root"), Path("/root")}:
-        with contextlib.suppress(OSError, tomllib.TOMLDecodeError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             config = tomllib.loads((home / ".runpod" / "config.toml").read_text())
             for section in (config.get("default") or {}, config):
                 if key := section.get("api_key"):
@@ -125,6 +131,15 @@ def label(environ: Mapping[str, str], name: str) -> float | None:
         return float(environ[POD_PREFIX + name])
     except (KeyError, ValueError):
         return None
+
+
+@contextlib.contextmanager
+def _as_provider_error() -> Iterator[None]:
+    """An answer of another shape than the query asks for."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise ProviderError(f"RunPod's answer cannot be read: {e!r}") from None
 
 
 def _pod(raw: dict[str, Any]) -> Pod:
@@ -172,5 +187,7 @@ def _post(url: str, headers: dict[str, str], body: bytes) -> bytes:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
             return bytes(answer.read())
     except urllib.error.HTTPError as e:
-        text = e.read().decode(errors="replace")
+        text = ""
+        with contextlib.suppress(OSError, http.client.HTTPException):  # the status says enough
+            text = e.read().decode(errors="replace")
         raise OSError(f"HTTP {e.code}: {text[:200]}") from None

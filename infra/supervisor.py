@@ -7,6 +7,7 @@
 """
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -43,7 +44,7 @@ from nanochat.rundir import (
     read_jsonl,
 )
 from nanochat.spec import WEIGHT_STAGES, RunSpec
-from nanochat.stage import seconds_before
+from nanochat.stage import EXIT_BUG, seconds_before
 
 POLL_S = 0.1
 STATUS_EVERY_S = 1.0
@@ -56,6 +57,8 @@ HANG_SAVES = 3.0
 HANG_STEPS = 10.0
 SHORTEST_HANG_S = 120.0
 KILL_MARGIN_S = 0.5
+MOST_SILENT_S = 10.0
+"""What counts of a stage's silence between two looks, which are POLL_S apart."""
 MISSED_DEADLINE = "did not stop by the deadline"
 AFTER_FAILURE_S = 5.0
 END_OF_POD_S = 30.0
@@ -109,11 +112,16 @@ class Supervisor:
         self.signals_seen = 0
         self.stop_now = False
         self.started_s = 0.0
+        self.sign_s: float | None = None
+        """Of the present stage: its last sign of life, by the file server's clock."""
+        self.looked_s = self.silent_s = 0.0
+        """When that was last looked at, and how long it has not changed, by the steady clock."""
         self.seconds_before = 0.0
         """Wall clock that the present stage has had in processes before this one."""
         self.outcome_before: tuple[int, bytes] | None = None
         self.is_full_told = False
-        self._last = {"status": 0.0, "lease": 0.0, "ledger": 0.0}
+        never = (-math.inf, -math.inf)
+        self._last = {"status": never, "lease": never, "ledger": never}
 
     # -- the run
 
@@ -223,6 +231,8 @@ class Supervisor:
         self.outcome_before = self._written_outcome(stage)
         process = self.start_process(command, self.run_dir.log_file(stage), env)
         self.started_s = time.time()
+        self.sign_s, self.silent_s = self.run_dir.last_sign_s(stage), 0.0
+        self.looked_s = time.monotonic()
         trouble = ""
         try:
             while process.poll() is None:
@@ -244,6 +254,9 @@ class Supervisor:
         outcome = self._outcome(stage)
         if outcome is None or outcome.outcome == "running":
             return None, trouble or f"was killed (exit {code})"
+        if ranks > 1 and code not in (0, None) and outcome.exit_code == EXIT_BUG:
+            # a rank ends with 0 whatever happens in it: the failure is of one that missed another
+            return None, trouble or f"lost a rank (exit {code}), as another says: {outcome.message}"
         return outcome, trouble
 
     # -- while a stage runs
@@ -252,14 +265,14 @@ class Supervisor:
         """Once per poll: lease, ledger, status, budget and requests to stop."""
         now = time.time()
         # First, so that a process that slept through its lease writes nothing before it knows.
-        if self._due("lease", HEARTBEAT_S, now):
+        if self._due("lease", HEARTBEAT_S):
             self._if_there_is_space(self.lease.renew)
         progress = self._progress(stage)
         self.console.update(stage, progress)
-        if self._due("ledger", LEDGER_EVERY_S, now):
+        if self._due("ledger", LEDGER_EVERY_S):
             self.price = self.meter()
             self._if_there_is_space(lambda: self._ledger("heartbeat"))
-        if self._due("status", STATUS_EVERY_S, now):
+        if self._due("status", STATUS_EVERY_S):
             self.board.watch()
             status = (JobStatus.RUNNING, None, "", progress)
             self._if_there_is_space(lambda: self._write_status(*status))
@@ -362,10 +375,18 @@ class Supervisor:
             return None
 
     def _is_hung(self, stage: str) -> bool:
-        silence_s = time.time() - max(self.started_s, self.run_dir.last_sign_s(stage) or 0.0)
+        """Whether a stage has given no sign for too long, by this process's own steady clock.
+
+        Between two looks at most MOST_SILENT_S count: a machine or container that was suspended
+        for an hour has held the stage too, and it gets its time from there on.
+        """
+        sign_s, now_s = self.run_dir.last_sign_s(stage), time.monotonic()
+        since_look_s = min(now_s - self.looked_s, MOST_SILENT_S)
+        self.silent_s = self.silent_s + since_look_s if sign_s == self.sign_s else 0.0
+        self.sign_s, self.looked_s = sign_s, now_s
         planned_step_s = self.clock.planned_step_s(stage)
         hang_s = self.spec.runtime.hang_s
-        return silence_s > hang_limit_s(self._progress(stage), hang_s, planned_step_s)
+        return self.silent_s > hang_limit_s(self._progress(stage), hang_s, planned_step_s)
 
     def _progress(self, stage: str) -> dict[str, Any]:
         """What the stage's present process has told; empty before its first word."""
@@ -497,10 +518,14 @@ class Supervisor:
         with contextlib.suppress(OSError):
             point_to(nanochat_home(), self.run_dir.path)
 
-    def _due(self, what: str, every_s: float, now: float) -> bool:
-        if now - self._last[what] < every_s:
+    def _due(self, what: str, every_s: float) -> bool:
+        """By either clock: the wall clock may be set back, and the other one stands still while the
+        machine is suspended."""
+        wall_s, steady_s = time.time(), time.monotonic()
+        last_wall_s, last_steady_s = self._last[what]
+        if max(wall_s - last_wall_s, steady_s - last_steady_s) < every_s:
             return False
-        self._last[what] = now
+        self._last[what] = (wall_s, steady_s)
         return True
 
     # -- signals

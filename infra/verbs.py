@@ -49,6 +49,22 @@ APP_DIR = Path(__file__).resolve().parent.parent
 STALE_S = 30.0
 SAVES_IN_GRACE = 2.5
 """The trainer saves anew where 1.5 times the last save fits, after the step it is in."""
+LAUNCH_OPTIONS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(slurm.FIELDS, (None, "slurm")),
+    "image": ("", "docker", "runpod", "sky"),
+    "volume": ("nanochat", "docker", "runpod"),
+    "memory_gib": (None, "docker", "slurm"),
+    "user": (None, "docker"),
+    "no_network": (False, "docker"),
+    "offers": (None, "runpod"),
+    "max_usd_per_hour": (None, "runpod"),
+    "data_centers": (None, "runpod"),
+    "task": (None, "sky"),
+    "infra": ("", "sky"),
+    "spot": (False, "sky"),
+    "sweep": (None, "sky"),
+}
+"""Options of `launch` that not every place takes: value where it is not given, places."""
 
 
 def run_verb(args: argparse.Namespace) -> int:
@@ -188,6 +204,7 @@ def _quoted(document: dict[str, Any]) -> Price:
 
 def launch(args: argparse.Namespace) -> int:
     """Render the job and submit it; the exit code is the run's, or 0 once a cluster has it."""
+    _refuse_options_of_other_places(args)
     spec = _load(args)
     if args.to == "slurm":
         spec = slurm.with_fields(spec, {f: getattr(args, f) for f in slurm.FIELDS})
@@ -220,6 +237,14 @@ def launch(args: argparse.Namespace) -> int:
     return _dry_run(args, docker.render(job, options))
 
 
+def _refuse_options_of_other_places(args: argparse.Namespace) -> None:
+    """A ceiling or a volume that would be ignored is an error. Raises LaunchError."""
+    for option, (unset, *places) in LAUNCH_OPTIONS.items():
+        if getattr(args, option) != unset and args.to not in places:
+            name = "no-requeue" if option == "requeue" else option.replace("_", "-")
+            raise LaunchError(f"--{name} is for --to {' and '.join(places)}, not for {args.to}")
+
+
 def _dry_run(args: argparse.Namespace, rendered: Rendered) -> int:
     document = {"to": args.to, "sent": rendered.text, "worst_case_usd": rendered.worst_case_usd}
     _print(args.json, document, lambda _: rendered.dry_run())
@@ -234,7 +259,7 @@ def status(args: argparse.Namespace) -> int:
     if args.run_dir and (queued := _only_queued(args.run_dir)):
         _print(args.json, queued, lambda q: f"{args.run_dir}: {q['message']}")
         return int(queued["exit_code"] or EXIT_DONE)
-    if args.run_dir and not _is_here(args.run_dir) and (pod := cloud.remote_status(args.run_dir)):
+    if args.run_dir and (pod := _in_cloud(args.run_dir)):
         _print(args.json, pod, lambda p: f"{args.run_dir}: {p['message']}")
         return int(pod["exit_code"] or EXIT_DONE)
     if args.run_dir:
@@ -258,7 +283,7 @@ def stop(args: argparse.Namespace) -> int:
         args.run_dir = str(here)
     if _containers(args.run_dir):
         return docker.stop(args.run_dir)
-    if not _is_here(args.run_dir) and cloud.remote_status(args.run_dir):
+    if _in_cloud(args.run_dir):
         return cloud.remote_stop(args.run_dir)
     exit_code, name = EXIT_DONE, args.run_dir
     if _is_here(args.run_dir) or not slurm.queue(args.run_dir):
@@ -382,6 +407,26 @@ def _is_here(run: str) -> bool:
     except RunDirError:
         return False
     return True
+
+
+def _in_cloud(name: str) -> dict[str, Any] | None:
+    """What a rented machine says of a run; None where there is none, or the run goes on here.
+
+    A run of that name that has ended here, as a pulled one has, does not hide what is billed.
+    """
+    is_here = _is_here(name)
+    if is_here and _goes_on(find_run(name)):
+        return None
+    try:
+        found = cloud.remote_status(name)
+    except LaunchError as e:
+        if not is_here:
+            raise
+        _say(f"{e}: whether a machine of that name is billed is not known")
+        return None
+    if found is not None and is_here:
+        _say(f"{find_run(name).path} has a run of that name too; a path, with a /, means that one")
+    return found
 
 
 def _containers(name: str | None = None) -> list[dict[str, Any]]:

@@ -24,12 +24,26 @@ GPU_SLACK = 1.0001
 
 def refusals(plan: "Plan") -> list[str]:
     """Why the run cannot work; empty where it can."""
-    return [*_does_not_fit(plan), *_over_budget(plan), *_volume_too_small(plan)]
+    return [
+        *_too_many_ranks(plan),
+        *_does_not_fit(plan),
+        *_over_budget(plan),
+        *_volume_too_small(plan),
+    ]
 
 
 def warnings(plan: "Plan") -> list[str]:
     """What could go wrong, or could be had better for the same money."""
     return [*_learning(plan), *_tight(plan), *_stopping(plan), *_single_copy(plan)]
+
+
+def _too_many_ranks(plan: "Plan") -> list[str]:
+    """A rank has a GPU of its own."""
+    ranks, nodes = plan.layout.world_size, plan.spec.slurm.nodes
+    if plan.offer.cpu or ranks <= nodes * plan.offer.count:
+        return []
+    there = f"{nodes} nodes of {plan.offer.name} have" if nodes > 1 else f"{plan.offer.name} has"
+    return [f"runtime.num_ranks = {ranks}: {there} {nodes * plan.offer.count} GPUs, one per rank"]
 
 
 def _does_not_fit(plan: "Plan") -> list[str]:

@@ -16,6 +16,10 @@ class RankError(RuntimeError):
     """Something failed on a rank; raised on all of them, the message names the rank."""
 
 
+class LostRank(RankError):
+    """A rank no longer answers: not a fault of what was done, and a new start may go on."""
+
+
 class Agreement:
     """Calls that every rank makes in the same order, from one thread at a time.
 
@@ -29,14 +33,14 @@ class Agreement:
         self._group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
 
     def gather(self, mine: T) -> list[T]:
-        """What every rank gives, in order of rank. Raises RankError when a rank is gone."""
+        """What every rank gives, in order of rank. Raises LostRank when a rank is gone."""
         if self._group is None:
             return [mine]
         gathered: list[Any] = [None] * self.world_size
         try:
             dist.all_gather_object(gathered, mine, group=self._group)
         except RuntimeError as e:
-            raise RankError(f"a rank is gone: {e}") from e
+            raise LostRank(f"a rank is gone: {e}") from e
         return gathered
 
     def all_ranks(self, act: Callable[[], T]) -> list[T]:

@@ -4,6 +4,7 @@ Bits per byte do not depend on the vocabulary: the bits of all targets divided b
 they stand for. Special tokens stand for no bytes and are left out on both sides of the fraction.
 """
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from nanochat.data import IGNORE_INDEX, ValidationSet
+
+log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -22,7 +25,7 @@ def evaluate_bpb(
     device: torch.device,
     sum_over_ranks: Callable[[Tensor], object] | None = None,
 ) -> float:
-    """Bits per byte on the validation set.
+    """Bits per byte on the validation set; NaN where none of its targets stands for bytes.
 
     nll: (inputs, targets, doc_ids) -> [B, T] negative log-likelihood in nats per target (any value
     where the target is IGNORE_INDEX). token_bytes: [vocab_size], UTF-8 bytes of a token, 0 for
@@ -41,6 +44,9 @@ def evaluate_bpb(
     if sum_over_ranks is not None:
         sum_over_ranks(totals)
     nats_total, bytes_total = totals.tolist()
+    if bytes_total == 0:
+        log.warning("the validation rows hold no targets: give the stage more eval_tokens")
+        return math.nan
     return float(nats_total / math.log(2) / bytes_total)
 
 

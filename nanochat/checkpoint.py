@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from nanochat.agreement import Agreement, RankError
+from nanochat.agreement import Agreement, LostRank, RankError
 from nanochat.checkpoint_dir import (
     GIB,
     STATE_FILE,
@@ -156,6 +156,7 @@ class Checkpointer:
         self._pending: list[Future[None]] = []
         self._saving: tuple[int, Future[None]] | None = None
         self._is_retry = False
+        self._had_any = False
         self._guessed_save_s: float | None = None
         self._buffers: dict[MetadataIndex, Tensor] = {}
         self._local_plan: SavePlan | None = None
@@ -425,13 +426,20 @@ class Checkpointer:
 
         verify: compare the sha256 of all tensors, each rank a part of the files (sizes always are).
         Damaged ones are renamed to step_X.damaged and reported. Raises CheckpointError when all
-        are damaged (starting over would cost what was paid), or when the state does not fit.
+        are damaged or only weights are left (starting over would cost what was paid, and prune
+        it), or when the state does not fit.
         """
         return self._load(state, verify, lambda complete: list(reversed(complete)))
 
     def load_best(self, state: State, *, verify: bool = True) -> LoadedCheckpoint | None:
         """As load_latest, by lowest val_bpb; None where no full checkpoint has one."""
         return self._load(state, verify, by_val_bpb)
+
+    def has_any(self) -> bool:
+        """Whether the stage has a checkpoint, whole or not; `load_latest` is then never None."""
+        complete, damaged = self._on_rank_0(self.dir.scan)
+        self._had_any = bool(complete or damaged)
+        return self._had_any
 
     def list_complete(self) -> list[Manifest]:
         """Manifests of the complete checkpoints in order of step."""
@@ -442,7 +450,8 @@ class Checkpointer:
     ) -> LoadedCheckpoint | None:
         self.wait()
         complete, damaged = self._on_rank_0(self.dir.scan)
-        candidates = order([m for m in complete if m.kind == "full"])
+        full = [m for m in complete if m.kind == "full"]
+        candidates = order(full)
         for manifest in candidates:
             reasons = [r for r in self._ranks.gather(self._check_part(manifest, verify)) if r]
             if not reasons:
@@ -450,13 +459,30 @@ class Checkpointer:
                 return self._fill(manifest, state, list(damaged.values()))
             damaged[manifest.step] = reasons[0]
             log.warning("step %d is not used: %s", manifest.step, reasons[0])
-        if damaged:
+        if damaged or (complete and not full):
+            weights = [m.step for m in complete if m.kind == "weights"]
+            raise CheckpointError(self._no_full(weights, list(damaged.values())))
+        if self._had_any and not complete:
             raise CheckpointError(
-                f"no checkpoint in {self.dir.path} is whole:\n  "
-                + "\n  ".join(damaged.values())
-                + "\nRestore one from a copy, or move the folder away to start this stage over"
+                f"the checkpoints in {self.dir.path} have gone since this process began: "
+                "put them back, or run the same command again to begin this stage anew"
             )
         return None
+
+    def _no_full(self, weights: list[int], damages: list[str]) -> str:
+        """The message where there are checkpoints, and none to go on from."""
+        folder, reasons = self.dir.path, "\n  ".join(damages)
+        if not weights:
+            return (
+                f"no checkpoint in {folder} is whole:\n  {reasons}\n"
+                "Restore one from a copy, or move the folder away to start this stage over"
+            )
+        steps = ", ".join(map(str, weights))
+        return (
+            f"only weights are left of step {steps} of {folder.name}: a run goes on from a full "
+            f"checkpoint; bring one back from where it was trained, or move {folder} away to begin "
+            "this stage anew"
+        ) + (f". Not whole:\n  {reasons}" if damages else "")
 
     def _check_part(self, manifest: Manifest, sha256: bool) -> str | None:
         names = sorted(manifest.files)[self.rank :: self.world_size]
@@ -499,11 +525,13 @@ class Checkpointer:
         )
 
     # -------------------------------------------------------------------------
-    # errors: on one rank or on several, always a CheckpointError on all
+    # errors: on one rank or on several a CheckpointError on all, but for a rank that is gone
 
     def _all_ranks(self, act: Callable[[], T]) -> list[T]:
         try:
             return self._ranks.all_ranks(lambda: self._guard(act))
+        except LostRank:
+            raise
         except RankError as e:
             raise CheckpointError(str(e)) from e
 

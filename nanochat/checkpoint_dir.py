@@ -4,7 +4,8 @@
     step_000123.damaged/   failed its check on load; first to go when space is short
     .step_000123.tmp/      being written          .step_000123.deleted/   being removed
     .step_000123.old/      the former one of the same step, until the new one stands
-    latest, best           name of a step; derived from the manifests, replaced atomically
+    latest, best           name of a step; derived from the manifests, replaced atomically;
+                           latest is full, unless only weights are left
 
 * A manifest carries the sha256 of itself and of every file, so that any flipped bit is found.
 * What pruning keeps is one pure function, `steps_to_keep`; the newest checkpoint from which a run
@@ -263,7 +264,8 @@ class CheckpointDir:
 
     def point(self, manifests: list[Manifest]) -> None:
         """Let `latest` and `best` name what they should of these checkpoints."""
-        newest = max((m for m in manifests if m.kind == "full"), key=lambda m: m.step, default=None)
+        full = [m for m in manifests if m.kind == "full"]
+        newest = max(full or manifests, key=lambda m: m.step, default=None)
         for name, manifest in (("latest", newest), ("best", best_of(manifests))):
             path = self.path / name
             if manifest is None:

@@ -108,11 +108,32 @@ def locate(data: Data, roots: Roots | None = None) -> DataFiles:
 
 
 def iter_texts(files: Sequence[DataFile]) -> Iterator[str]:
-    """The documents of some shards in the order in which they stand there."""
+    """The documents of some shards in the order in which they stand there. Raises SpecError, see
+    `iter_row_groups`."""
     for file in files:
-        with pq.ParquetFile(file.path) as parquet:
-            for batch in parquet.iter_batches(batch_size=ROWS_PER_GROUP, columns=["text"]):
-                yield from batch.column(0).to_pylist()
+        for texts, _ in iter_row_groups(file.path):
+            yield from texts
+
+
+def iter_row_groups(path: Path) -> Iterator[tuple[list[str], float]]:
+    """(documents of a row group, share of the shard done with it).
+
+    Raises SpecError for a shard that cannot be read, has no column `text` or is not UTF-8.
+    """
+    try:
+        with pq.ParquetFile(path) as parquet:
+            columns = parquet.schema_arrow.names
+            if "text" not in columns:
+                raise SpecError(f"{path} has no column text (columns: {', '.join(columns)})")
+            num_groups = parquet.metadata.num_row_groups
+            for group in range(num_groups):
+                column = parquet.read_row_group(group, columns=["text"]).column(0)
+                column.validate(full=True)
+                yield column.to_pylist(), (group + 1) / num_groups
+    except (OSError, pa.ArrowException) as e:
+        raise SpecError(
+            f"{path} cannot be read ({e}); delete it and run the stage data_fetch again"
+        ) from None
 
 
 # -- places
@@ -191,8 +212,9 @@ def _locked_files(folder: Path) -> DataFiles:
 def _is_whole(folder: Path, deep: bool = True) -> bool:
     """Whether a folder has a lock and what it says; `deep` reads every byte."""
     files = _locked_files(folder)
-    every = files.train + files.val
-    return bool(every) and not any(_damage(file, deep) for file in every)
+    if not files.train or not files.val:
+        return False
+    return not any(_damage(file, deep) for file in files.train + files.val)
 
 
 def _damage(file: DataFile, deep: bool) -> str | None:
@@ -232,12 +254,26 @@ def _make(data: Data, folder: Path) -> DataFiles:
     def fill(staged: Path) -> None:
         entries: dict[str, Any] = {}
         for split, texts in documents.items():
-            entries.update(_write_shards(staged, split, texts))
+            shards = _write_shards(staged, split, texts)
+            if not shards:
+                raise SpecError(_too_little_text(data, split))
+            entries.update(shards)
         lock = {"format": LOCK_FORMAT, "source": data.source, "val_fraction": data.val_fraction}
         atomic_write_json(staged / LOCK_NAME, {**lock, **facts, "files": entries})
 
     make_folder(folder, fill, _is_whole)
     return _locked_files(folder)
+
+
+def _too_little_text(data: Data, split: str) -> str:
+    """What to say of data of which nothing is left for a split."""
+    if data.source == "embedded":
+        return f"data.val_fraction = {data.val_fraction:g} leaves no files for the {split} split"
+    # the first block has MIN_BLOCK_CHARS, and at most as many up to its line end
+    return (
+        f"data.path = {data.path!r} has too few characters for a training and a validation split; "
+        f"{2 * MIN_BLOCK_CHARS + 1:,} characters are enough"
+    )
 
 
 def _write_shards(folder: Path, split: str, texts: Iterator[str]) -> dict[str, Any]:

@@ -146,7 +146,10 @@ def _room_for_the_model() -> Iterator[None]:
 
 @_room_for_the_model()
 def prepare(run: RunDir, stage: str, weights_from: str | None = None) -> Prepared:
-    """Build everything for a training stage of a run; weights of the stage before, where named.
+    """Build everything for a training stage of a run.
+
+    weights_from: the stage before, whose weights this one begins with; not read where this one has
+    a checkpoint of its own, from which it goes on.
 
     Raises RunDirError, SpecError, CheckpointError when there is nothing to start from, or
     StageFailed when there is no memory for it.
@@ -161,7 +164,10 @@ def prepare(run: RunDir, stage: str, weights_from: str | None = None) -> Prepare
     settings: TrainStage | ChatRl = getattr(spec, stage)
     dtype = compute_dtype(spec.runtime.dtype, dist.device)
     model, train_model, is_sharded = _build_model(spec, plan, dist, dtype)
-    if weights_from is not None:
+    checkpointer = Checkpointer(
+        run.checkpoints_dir(stage), spec.checkpoint, rank=dist.rank, world_size=dist.world_size
+    )
+    if weights_from is not None and not checkpointer.has_any():
         load_stage_weights(run, weights_from, model)
     optimizer = build_optimizer(
         model,
@@ -184,12 +190,7 @@ def prepare(run: RunDir, stage: str, weights_from: str | None = None) -> Prepare
         train_model=train_model,
         is_sharded=is_sharded,
         optimizer=optimizer,
-        checkpointer=Checkpointer(
-            run.checkpoints_dir(stage),
-            spec.checkpoint,
-            rank=dist.rank,
-            world_size=dist.world_size,
-        ),
+        checkpointer=checkpointer,
         autocast=lambda: autocast(dist.device, torch.float32 if is_sharded else dtype),
     )
 

@@ -123,7 +123,7 @@ class ParquetSource:
     """Text in parquet shards, tokenized when it is asked for.
 
     Row groups are permuted over all shards, documents within windows of WINDOW_ROW_GROUPS of them.
-    Raises SpecError where a shard cannot be read or has no column `text`.
+    Raises SpecError where a shard cannot be read, has no column `text` or is not UTF-8.
     """
 
     is_slow = True
@@ -205,6 +205,7 @@ class ParquetSource:
         try:
             with pq.ParquetFile(path) as parquet:
                 column = parquet.read_row_group(group_in_file, columns=["text"]).column(0)
+                column.validate(full=True)
         except (OSError, pa.ArrowException) as e:
             raise SpecError(
                 f"{path} cannot be read ({e}); delete it and run the stage data_fetch again"

@@ -11,9 +11,11 @@ import difflib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from nanochat.spec_errors import explain, section_of, unknown
 
 STAGES = (
     "data_fetch",
@@ -54,7 +56,7 @@ another machine, may change these."""
 def _one_of(known: tuple[str, ...], kind: str) -> AfterValidator:
     def check(name: str) -> str:
         if name not in known:
-            raise ValueError(_unknown(name, list(known), kind))
+            raise ValueError(unknown(name, list(known), kind))
         return name
 
     return AfterValidator(check)
@@ -414,6 +416,19 @@ class RunSpec(Section):
         """Names of the stages that are switched on, in run order."""
         return tuple(s for s in STAGES if getattr(self, s) is not None)
 
+    @property
+    def tasks(self) -> dict[str, tuple[str, ...]]:
+        """Stage -> names of the tasks that it reads, in run order."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name, stage in (("mid_train", self.mid_train), ("chat_sft", self.chat_sft)):
+            if stage is not None:
+                found[name] = tuple(stage.mixture)
+        if self.chat_rl is not None:
+            found["chat_rl"] = (self.chat_rl.task,)
+        if self.evaluate is not None:
+            found["evaluate"] = self.evaluate.tasks
+        return found
+
     def scored_stages(self, task: str) -> tuple[str, ...]:
         """Stages whose weights are scored on a task.
 
@@ -441,6 +456,14 @@ class RunSpec(Section):
             raise ValueError(
                 'base_train.horizon = "budget" needs budget.max_hours or budget.max_usd'
             )
+        if self.data.tokenizer == "char" and self.data.unknown_char is None:
+            for name, tasks in self.tasks.items():
+                if published := [task for task in tasks if task in PUBLISHED_TASKS]:
+                    raise ValueError(
+                        f'{name} reads {", ".join(published)}: with data.tokenizer = "char" '
+                        'published tasks need data.unknown_char="?", whose character then '
+                        "stands for those that the text lacks"
+                    )
         return self
 
 
@@ -464,7 +487,7 @@ def load_spec(config: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     try:
         return RunSpec.model_validate(tree)
     except ValidationError as e:
-        raise SpecError(_explain(e, str(path))) from None
+        raise SpecError(explain(e, str(path), RunSpec)) from None
 
 
 def spec_from_json(text: str, where: str = "spec.json") -> RunSpec:
@@ -472,7 +495,7 @@ def spec_from_json(text: str, where: str = "spec.json") -> RunSpec:
     try:
         return RunSpec.model_validate_json(text)
     except ValidationError as e:
-        raise SpecError(_explain(e, where)) from None
+        raise SpecError(explain(e, where, RunSpec)) from None
 
 
 def differing_fields(a: RunSpec, b: RunSpec) -> list[str]:
@@ -497,7 +520,7 @@ def describe_fields() -> list[tuple[str, str, str]]:
 
     def walk(model: type[BaseModel], prefix: str) -> None:
         for name, field in model.model_fields.items():
-            section = _section_of(field.annotation)
+            section = section_of(field.annotation)
             if section is not None:
                 rows.append((f"[{prefix}{name}]", "", (section.__doc__ or "").strip()))
                 walk(section, f"{prefix}{name}.")
@@ -508,14 +531,6 @@ def describe_fields() -> list[tuple[str, str, str]]:
 
     walk(RunSpec, "")
     return rows
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section class in `X` or `X | None`."""
-    for option in (annotation, *get_args(annotation)):
-        if isinstance(option, type) and issubclass(option, BaseModel):
-            return option
-    return None
 
 
 def _missing_file(path: Path) -> str:
@@ -552,7 +567,7 @@ def _apply_override(tree: dict[str, Any], override: str, path: Path, given: set[
         if key not in section:
             known = [k for k, v in section.items() if isinstance(v, dict)]
             if depth == 0 and key not in RunSpec.model_fields:
-                raise SpecError(f"override {override!r}: {_unknown(key, known, 'section')}")
+                raise SpecError(f"override {override!r}: {unknown(key, known, 'section')}")
             raise SpecError(
                 f"override {override!r}: {path} has no section [{dotted}], and an override cannot "
                 f"create one (a section switches its stage on); sections there: {', '.join(known)}"
@@ -561,55 +576,10 @@ def _apply_override(tree: dict[str, Any], override: str, path: Path, given: set[
             raise SpecError(f"override {override!r}: {dotted} is a value, not a section")
         section = section[key]
     leaf = RunSpec.model_fields.get(keys[0]) if len(keys) == 1 else None
-    if leaf is not None and _section_of(leaf.annotation) is not None:
+    if leaf is not None and section_of(leaf.annotation) is not None:
         raise SpecError(f"override {override!r}: {name} is a section; give {name}.FIELD=value")
     section[keys[-1]] = value
     if keys[-1] in LENGTHS:
         for other in LENGTHS:
             if other != keys[-1] and ".".join((*keys[:-1], other)) not in given:
                 section.pop(other, None)
-
-
-def _unknown(key: str, known: list[str], kind: str) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {kind} {key!r}{hint} (known: {', '.join(known)})"
-
-
-def _explain(error: ValidationError, where: str) -> str:
-    """One line per mistake: place, value, what is allowed, nearest known spelling."""
-    lines = []
-    for item in error.errors():
-        loc = [str(x) for x in item["loc"] if not str(x).startswith(("literal", "constrained"))]
-        place = ".".join(loc) or "spec"
-        if item["type"] == "extra_forbidden":
-            kind, known = "key" if loc[:-1] else "key or section", list(_fields_at(loc[:-1]))
-            at = ".".join(loc[:-1]) or "top level"
-            lines.append(f"{at}: {_unknown(loc[-1], known, kind)}")
-        elif item["type"] == "missing":
-            lines.append(f"{place}: missing, and it has no default. {_help(loc)}".strip())
-        elif item["type"] == "value_error":
-            lines.append(f"{place}: {item['msg'].removeprefix('Value error, ')}")
-        else:
-            got = json.dumps(item["input"], default=str)
-            wants = item["msg"][0].lower() + item["msg"][1:]
-            if item["type"] == "model_type":
-                wants = f"give a section: [{place}]"
-            lines.append(f"{place} = {got}: {wants}. {_help(loc)}".strip())
-    return f"{where}: " + "\n  ".join(dict.fromkeys(lines))
-
-
-def _fields_at(loc: list[str]) -> dict[str, Any]:
-    model: type[BaseModel] = RunSpec
-    for key in loc:
-        field = model.model_fields.get(key)
-        section = _section_of(field.annotation) if field else None
-        if section is None:
-            return {}
-        model = section
-    return dict(model.model_fields)
-
-
-def _help(loc: list[str]) -> str:
-    field = _fields_at(loc[:-1]).get(loc[-1]) if loc else None
-    return (field.description or "") if field else ""

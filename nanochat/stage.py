@@ -61,6 +61,7 @@ def run_stage(name: str, main: Callable[[RunDir], Outcome | dict[str, Any] | Non
     started = time.monotonic()
     if is_rank_0:
         run.create()
+        _forget_old_stop(run)
         run.write_outcome(
             Outcome(stage=name, outcome="running", seconds=before_s, facts={"since": time.time()})
         )
@@ -75,6 +76,8 @@ def run_stage(name: str, main: Callable[[RunDir], Outcome | dict[str, Any] | Non
         _write_first_failure(run, outcome)
     elif is_rank_0:
         run.write_outcome(outcome)
+        if outcome.outcome == "stopped" and not run.lease_file.exists():
+            run.clear_stop()  # no supervisor does it, and the same command goes on
     sys.stdout.flush()
     # A library thread that does not end (a tracker, a CUDA context) must not hold the run.
     os._exit(0)
@@ -128,6 +131,13 @@ def stop_on_signals(run: RunDir, is_alone: bool) -> None:
 
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, ask if is_alone else signal.SIG_IGN)
+
+
+def _forget_old_stop(run: RunDir) -> None:
+    """A stop whose deadline has passed was meant for a process before this one."""
+    request = run.stop_request()
+    if request is not None and request.deadline_s < time.time():
+        run.clear_stop()
 
 
 def _as_outcome(name: str, result: Outcome | dict[str, Any] | None) -> Outcome:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from nanochat.corpus import DataFile
+from nanochat.corpus import DataFile, iter_row_groups
 from nanochat.folders import make_folder
 from nanochat.rundir import atomic_write_json, nanochat_home, read_json
+from nanochat.spec import SpecError
 from nanochat.tokenizer import TokenizerLike
 
 FORMAT = 1
@@ -49,7 +49,7 @@ def open_token_cache(
 
     Several processes may call this at a time: one of a machine tokenizes, the others wait.
     `on_progress` is told the share of the shards' bytes that is done. Raises SpecError where the
-    cache cannot be written.
+    cache cannot be written, or a shard cannot be read.
     """
     key = _key(files, tokenizer)
     folder = nanochat_home() / "data" / "tokens" / key
@@ -105,6 +105,8 @@ def _fill(
             offsets.write((ends[1:].astype(np.int64) + num_tokens).data)
             num_tokens += len(flat)
             on_progress(fraction)
+        if num_tokens == 0:
+            raise SpecError(f"no documents in {', '.join(str(f.path) for f in files)}")
         sizes = {Path(f.name).name: _sync(f) for f in (tokens, offsets)}
     atomic_write_json(
         folder / "meta.json",
@@ -117,11 +119,8 @@ def _texts(files: Sequence[DataFile]) -> Iterator[tuple[list[str], float]]:
     total = sum(file.size for file in files)
     done = 0
     for file in files:
-        with pq.ParquetFile(file.path) as parquet:
-            num_groups = parquet.metadata.num_row_groups
-            for group in range(num_groups):
-                column = parquet.read_row_group(group, columns=["text"]).column(0)
-                yield column.to_pylist(), (done + file.size * (group + 1) / num_groups) / total
+        for texts, fraction in iter_row_groups(file.path):
+            yield texts, (done + file.size * fraction) / total
         done += file.size
 
 

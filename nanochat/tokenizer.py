@@ -312,6 +312,10 @@ class CharTokenizer(_Vocabulary):
         """From what `save` wrote."""
         return cls(description["alphabet"], description["vocab_size"], description["unknown"])
 
+    def lacks(self, characters: Iterable[str]) -> list[str]:
+        """The characters that are refused, in code point order; none where `unknown` is given."""
+        return [] if self._unknown is not None else sorted(set(characters) - set(self._symbols))
+
     def _ids(self, text: str) -> np.ndarray:
         """Ids of a text, int32. SpecError that counts and shows the unknown characters."""
         code_points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
@@ -323,7 +327,8 @@ class CharTokenizer(_Vocabulary):
                 strange = collections.Counter(c for c in text if c not in self._symbols)
                 raise SpecError(
                     f"{strange.total()} characters are not in the char vocabulary "
-                    f"{''.join(self._symbols)!r}: {_show(strange)}"
+                    f"{''.join(self._symbols)!r}: {_show(strange)}. A run whose spec has "
+                    'data.unknown_char="?" reads all of them as that character'
                 )
             ids[~known] = self._symbols.index(self._unknown)
         return ids.astype(np.int32)

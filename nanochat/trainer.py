@@ -59,7 +59,7 @@ class Position:
     epoch: float = 0.0
     """Passes over the data so far."""
     mean_loss: float | None = None
-    """Exponential running mean of the training loss, spikes aside."""
+    """Exponential running mean of the training loss, spikes and batches without targets aside."""
     high: tuple[int, ...] = ()
     """The last batches, as long as their losses were far above the mean."""
     best_bpb: float | None = None
@@ -337,12 +337,18 @@ def fit(
                     f"{message}: diverged again after {settings.max_rollbacks} roll-backs; try "
                     f"lower learning rates ({stage}.matrix_lr = {settings.matrix_lr})"
                 )
-            bad: dict[str, Any] = {"step": at.step, "batches": list(high), "reason": message}
+            # step whose weights met the first of the batches
+            begun = at.step - sum(b not in left_out for b in range(high[0], at.batch))
+            bad: dict[str, Any] = {
+                "step": at.step,
+                "begun": begun,
+                "batches": list(high),
+                "reason": message,
+            }
             if dist.is_main:
                 run.append_resolved("rollback", stage=stage, **bad)
             # twice bad right behind one checkpoint: it is not a good one
-            begun = _begun(bad)
-            is_suspect = bool(near) and _begun(near[-1]) == begun in _resumable(checkpointer)
+            is_suspect = bool(near) and near[-1].get("begun") == begun in _resumable(checkpointer)
             is_suspect = is_suspect and _has_older(checkpointer, begun)
             if _from_rank_0(dist, (is_suspect,))[0]:
                 checkpointer.discard_after(begun - 1)
@@ -371,12 +377,14 @@ def fit(
         if not first_step:
             step_times_s.append(step_s)
         tokens_per_s = numbers.total_batch_size / step_s
+        if is_high:
+            at = replace(at, high=high)
+        elif batch.num_targets > 0:  # else its loss of 0 says nothing
+            at = replace(at, high=(), mean_loss=_running_mean(at.mean_loss, loss))
         at = replace(
             at,
             step=at.step + 1,
             epoch=batch.epoch,
-            mean_loss=_running_mean(at.mean_loss, loss) if not is_high else at.mean_loss,
-            high=high if is_high else (),
             trained_s=at.trained_s + step_s,
         )
         mfu = None
@@ -480,11 +488,6 @@ def _resumable(checkpointer: Checkpointer) -> list[int]:
 
 def _has_older(checkpointer: Checkpointer, step: int) -> bool:
     return any(older < step for older in _resumable(checkpointer))
-
-
-def _begun(rollback: dict[str, Any]) -> int:
-    """Step whose weights met the first of the batches that a roll-back leaves out."""
-    return int(rollback["step"]) - len(rollback["batches"]) + 1
 
 
 def _after_look(at: Position, bpb: float) -> Position:

@@ -10,9 +10,11 @@
 
 import itertools
 import os
+import re
 import shlex
 import sys
 import threading
+import time
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,15 +38,17 @@ from infra.launch.base import (
     worst_case_usd,
 )
 from infra.launch.sky_cluster import (
+    PodNotes,
     Sky,
     cluster_name,
     exit_code_on,
     managed_cluster,
-    note_pods,
+    pods_of,
     tear_down,
 )
 from infra.launch.sky_rungs import SKY_GPUS, check_prices, highest_usd_per_hour, take_offer
 from infra.processes import APP_DIR
+from infra.runpod_api import ProviderError
 from nanochat.rundir import EXIT_DONE, EXIT_STOPPED, EXIT_UNFIT_NODE
 
 TASKS = APP_DIR / "sky"
@@ -52,6 +56,8 @@ DATA_PATH = "data.path="
 LAUNCH_LIMIT_S = 2400.0
 """Image pull, start and set-up over all rungs; SkyPilot itself waits without a limit. All of it may
 be billed before the run starts, whose own budget counts from its first second."""
+LOOK_EVERY_S = 30.0
+"""Between two looks at what SkyPilot rents while it starts a cluster."""
 RENTED_CONTROLLER = (
     "SkyPilot's controller of managed jobs would be a pod of its own, which nothing ends (SkyPilot "
     "has no autostop for it on RunPod). Have it in SkyPilot's server on this machine, which then "
@@ -168,9 +174,30 @@ def volume_gb(config: str, options: SkyOptions) -> float | None:
     if options.infra:
         return None
     task = yaml.safe_load(task_file(config, options).read_text())
-    made = yaml.safe_load((TASKS / "volume.yaml").read_text())
     mounted = (task.get("volumes") or {}).get(VOLUME_MOUNT)
-    return float(made["size"].removesuffix("Gi")) if mounted == made["name"] else None
+    file = TASKS / "volume.yaml"
+    if mounted is None or not file.is_file():
+        return None
+    try:
+        made = yaml.safe_load(file.read_text())
+        if mounted != made["name"]:
+            return None
+        size = made.get("size")  # a volume that was there before needs none
+        return None if size is None else _gb(str(size))
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as e:
+        raise LaunchError(
+            f"{file} does not say the size of a volume ({_told(e)}): SkyPilot reads e.g. "
+            "`size: 300Gi`"
+        ) from None
+
+
+def _gb(size: str) -> float:
+    """What SkyPilot 0.14.1 asks RunPod for, in 10^9 bytes. Raises ValueError."""
+    found = re.fullmatch(r"([0-9]+)(?:([KMGTP])[BI])?", size.upper())
+    gb = int(found[1]) * 1024 ** "KMGTP".index(found[2] or "G") // 1024**2 if found else 0
+    if gb < 1:
+        raise ValueError(f"size {size!r} is none")
+    return float(gb)
 
 
 def render(job: Job, options: SkyOptions) -> Rendered:
@@ -196,22 +223,27 @@ def submit(job: Job, options: SkyOptions, sky: Sky, out: TextIO = sys.stderr) ->
     cluster = cluster_name(job.name)
     task = fill(job, options)
     check_reachable(job, task)
-    existed = sky.exists(cluster)
+    existed = _exists(cluster, sky)
     if existed:
         out.write(f"{cluster} is up already: the run is given to it\n")
-    before = reap.spent_before(job.name)
-    refuse_spent(job, before, float(job.plan["usd_per_hour"]))
+    refuse_spent(job, reap.spent_before(job.name), float(job.plan["usd_per_hour"]))
+    before = reap.spent_before(job.name, besides=_pods_up(cluster) if existed else ())
     if before > 0.0:
         task["envs"][f"{POD_PREFIX}BEFORE_USD"] = f"{before:.4f}"
     secrets = {name: os.environ[name] for name in present_secrets(os.environ)}
+    notes = PodNotes(cluster, job.name, worst_usd(job, task))
+    since = time.time()
     try:
         number = _within(
-            LAUNCH_LIMIT_S, lambda: sky.launch(task, cluster, secrets), sky.cancel_launch
+            LAUNCH_LIMIT_S,
+            lambda: sky.launch(task, cluster, secrets),
+            sky.cancel_launch,
+            (lambda: None) if existed else notes.look,
         )
     except KeyboardInterrupt:
         out.write("interrupted before the run has started\n")
         if not existed:
-            tear_down(cluster, sky)
+            _clear_away(cluster, sky, notes)
         return EXIT_STOPPED
     except Exception as e:  # SkyPilot raises what any of its parts raises
         if existed:
@@ -220,17 +252,60 @@ def submit(job: Job, options: SkyOptions, sky: Sky, out: TextIO = sys.stderr) ->
                 f"with sky queue {cluster}, or end it with sky down {cluster}",
                 EXIT_UNFIT_NODE,
             ) from None
-        tear_down(cluster, sky)
+        _clear_away(cluster, sky, notes)
         raise LaunchError(
             f"SkyPilot could not start {cluster}: {e}. It is torn down, and nothing is billed",
             EXIT_UNFIT_NODE,
         ) from None
-    note_pods(cluster, job.name, worst_usd(job, task))
+    notes.look()
     out.write(f"{cluster} runs {job.name}: nanochat status {job.name}, nanochat stop {job.name}\n")
     if options.detach:
         return EXIT_DONE
-    code = sky.logs(cluster, number)
-    return EXIT_DONE if code == 0 else exit_code_on(cluster, job.name)
+    try:
+        code = sky.logs(cluster, number)
+    except Exception as e:  # SkyPilot raises what any of its parts raises
+        raise LaunchError(
+            f"SkyPilot follows {cluster} no longer ({_told(e)}); unless its machine is gone, the "
+            f"run goes on and is billed: `nanochat status {job.name}` looks, `nanochat stop "
+            f"{job.name}` ends it with a checkpoint",
+            1,
+        ) from None
+    return EXIT_DONE if code == 0 else exit_code_on(cluster, job.name, number, since)
+
+
+def _exists(cluster: str, sky: Sky) -> bool:
+    """Whether SkyPilot has the cluster. Raises LaunchError where it cannot say."""
+    try:
+        return sky.exists(cluster)
+    except Exception as e:  # e.g. a state of the provider's that it cannot read
+        raise LaunchError(
+            f"SkyPilot cannot say whether {cluster} is up ({_told(e)}): run `nanochat reap`, then "
+            "the same command again",
+            EXIT_UNFIT_NODE,
+        ) from None
+
+
+def _pods_up(cluster: str) -> set[str]:
+    """Ids of a cluster's pods that live. Raises LaunchError where the provider is silent."""
+    try:
+        return {pod.id for pod in pods_of(cluster) if pod.status == "RUNNING"}
+    except ProviderError as e:
+        raise LaunchError(
+            f"{cluster} is up, and what its run has cost elsewhere is not known: {e}. Give the "
+            "same command again later",
+            EXIT_UNFIT_NODE,
+        ) from None
+
+
+def _clear_away(cluster: str, sky: Sky, notes: PodNotes) -> None:
+    """Tear down what a start has made, which counts against the budget. Raises LaunchError."""
+    notes.look()
+    tear_down(cluster, sky)
+    notes.ended()
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def render_sweep(jobs: Sequence[Job], options: SkyOptions) -> Rendered:
@@ -272,8 +347,13 @@ def submit_sweep(
     return EXIT_DONE
 
 
-def _within(limit_s: float, call: Callable[[], int], give_up: Callable[[], None]) -> int:
-    """Result of a call. Raises what it raises, or TimeoutError after giving it up."""
+def _within(
+    limit_s: float, call: Callable[[], int], give_up: Callable[[], None], look: Callable[[], None]
+) -> int:
+    """Result of a call, with a look every so often while it lasts.
+
+    Raises what it raises, or TimeoutError after giving it up.
+    """
     result: list[int] = []
     raised: list[BaseException] = []
 
@@ -284,10 +364,14 @@ def _within(limit_s: float, call: Callable[[], int], give_up: Callable[[], None]
             raised.append(e)
 
     thread = threading.Thread(target=work, daemon=True)
+    deadline = time.monotonic() + limit_s
     thread.start()
     try:
-        thread.join(limit_s)
-    except KeyboardInterrupt:
+        while thread.is_alive() and (left_s := deadline - time.monotonic()) > 0.0:
+            thread.join(min(left_s, LOOK_EVERY_S))
+            if thread.is_alive():
+                look()
+    except BaseException:
         give_up()
         raise
     if thread.is_alive():

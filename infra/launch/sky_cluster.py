@@ -27,6 +27,11 @@ POLL_S = 2.0
 ANSWER_S = 60.0
 STOP_S = 360.0
 """A stop with a checkpoint of the largest run, over ssh."""
+JOB_EXIT_CODES = (
+    'cd ~ && env -u PYTHONPATH "$(cat ~/.sky/python_path)" -c '
+    '"from sky.skylet import job_lib; print(job_lib.get_exit_codes({job}))"'
+)
+"""SkyPilot's own call for managed jobs, in the Python that it has put on the machine."""
 
 
 class Sky(Protocol):
@@ -120,21 +125,48 @@ def files_of(name: str) -> Host | None:
     return Host([*_ssh(cluster), cluster], str(run["run_dir"])) if run else None
 
 
-def exit_code_on(cluster: str, run_name: str) -> int:
-    """The run's own exit code; 70 where it is not told."""
-    run = run_on(cluster, run_name)
-    return EXIT_FAILED if run is None or run["exit_code"] is None else int(run["exit_code"])
+def exit_code_on(cluster: str, run_name: str, job: int, since: float) -> int:
+    """Exit code of a job that has not ended with 0: the run's own, else the job's, else 70.
+
+    since: Unix time of the launch; what the run has said before is of an earlier attempt. A run
+    that its preflight refuses says nothing.
+    """
+    named = [r for r in _runs_on(cluster) if r.get("name") == run_name and _heartbeat(r) >= since]
+    run = max(named, key=_heartbeat, default=None)
+    if run is not None and run["exit_code"] is not None:
+        return int(run["exit_code"])
+    code = _job_exit_code(cluster, job)
+    return EXIT_FAILED if code is None else code
+
+
+def _job_exit_code(cluster: str, job: int) -> int | None:
+    """What a failed job's command has returned; None where SkyPilot's runtime there has not noted
+    it."""
+    text = on(cluster, JOB_EXIT_CODES.format(job=job))
+    with contextlib.suppress(ValueError, TypeError):
+        codes = [int(code) for code in json.loads(text or "null")]
+        return next((code for code in codes if 0 < code < 256), None)
+    return None
 
 
 def run_on(cluster: str, name: str) -> dict[str, Any] | None:
     """status.json of the run of that name on a cluster, else of the one that was last alive."""
-    text = on(cluster, "nanochat status --json")
-    try:
-        runs = [r for r in json.loads(text or "[]") if isinstance(r, dict) and "exit_code" in r]
-    except json.JSONDecodeError:
-        return None
+    runs = _runs_on(cluster)
     named = [r for r in runs if r.get("name") == name]
-    return max(named or runs, key=lambda r: float(r.get("heartbeat") or 0.0), default=None)
+    return max(named or runs, key=_heartbeat, default=None)
+
+
+def _runs_on(cluster: str) -> list[dict[str, Any]]:
+    """status.json of every run on a cluster's volume; none where it does not answer."""
+    try:
+        told = json.loads(on(cluster, "nanochat status --json") or "[]")
+    except json.JSONDecodeError:
+        return []
+    return [r for r in told if isinstance(r, dict) and "exit_code" in r]
+
+
+def _heartbeat(run: dict[str, Any]) -> float:
+    return float(run.get("heartbeat") or 0.0)
 
 
 def on(cluster: str, command: str, timeout_s: float = ANSWER_S) -> str | None:
@@ -219,16 +251,43 @@ def pods_of(cluster: str) -> list[Pod]:
     return [p for p in pods if re.fullmatch(rf"{cluster}-[0-9a-f]+-head", p.name)]
 
 
-def note_pods(cluster: str, run_name: str, max_usd: float | None) -> None:
-    """Remember the pods of a cluster, so that `reap` on this machine knows what they may cost."""
-    before = reap.spent_before(run_name)
-    with contextlib.suppress(ProviderError):
-        for pod in pods_of(cluster):
-            reap.note_launch(
-                "made",
-                run_name,
-                pod.id,
-                usd_per_hour=pod.usd_per_hour,
-                born=time.time() - pod.uptime_s,
-                max_usd=None if max_usd is None else max(0.0, max_usd - before),
-            )
+class PodNotes:
+    """What launches.jsonl is told of a cluster's pods while it starts: also of those that SkyPilot
+    ends itself before it tries the next machine."""
+
+    def __init__(self, cluster: str, run_name: str, max_usd: float | None) -> None:
+        self._cluster, self._run_name, self._max_usd = cluster, run_name, max_usd
+        self._noted: set[str] = set()
+
+    def look(self) -> None:
+        """Note each pod at its first sight with what it may cost, later that it is there or gone;
+        nothing while the provider does not answer."""
+        try:
+            there = {pod.id: pod for pod in pods_of(self._cluster)}
+        except ProviderError:
+            return
+        for pod_id in sorted(self._noted - there.keys()):
+            reap.note_launch("gone", self._run_name, pod_id)
+        for pod_id, pod in there.items():
+            if pod_id in self._noted:
+                price = pod.usd_per_hour
+                reap.note_launch("seen", self._run_name, pod_id, usd_per_hour=price)
+            else:
+                self._note_made(pod)
+        self._noted = set(there)
+
+    def _note_made(self, pod: Pod) -> None:
+        before = reap.spent_before(self._run_name, besides={pod.id})
+        reap.note_launch(
+            "made",
+            self._run_name,
+            pod.id,
+            usd_per_hour=pod.usd_per_hour,
+            born=time.time() - pod.uptime_s,
+            max_usd=None if self._max_usd is None else max(0.0, self._max_usd - before),
+        )
+
+    def ended(self) -> None:
+        """Note that none of those that were there at the last look is left."""
+        for pod_id in sorted(self._noted):
+            reap.note_launch("ended", self._run_name, pod_id)

@@ -53,7 +53,7 @@ def main(run: RunDir) -> Outcome:
         """Greedy continuations of fixed prompts, for the report."""
         if not p.dist.is_main or p.metrics is None or p.is_sharded:
             return
-        prompts = sample_prompts(p.tokenizer)
+        prompts = sample_prompts(p.tokenizer, p.numbers.seq_len)
         engine = Engine(p.model, p.tokenizer, max_batch=len(prompts))
         answers = engine.generate([*prompts.values()], max_tokens=SAMPLE_TOKENS, temperature=0.0)
         for prompt, ids in zip(prompts, answers, strict=True):
@@ -85,14 +85,15 @@ def main(run: RunDir) -> Outcome:
     return outcome
 
 
-def sample_prompts(tokenizer: TokenizerLike) -> dict[str, list[int]]:
-    """Prompt -> ids behind <|bos|>. A text that has not all the letters of a prompt, character by
-    character, is not continued from it; one that has those of none, from nothing."""
+def sample_prompts(tokenizer: TokenizerLike, seq_len: int) -> dict[str, list[int]]:
+    """Prompt -> ids behind <|bos|>. A prompt that leaves no room in seq_len tokens, or of whose
+    letters a vocabulary of characters has not all, is left out; without any, from nothing."""
     prompts = {}
     for text in SAMPLE_PROMPTS:
         with contextlib.suppress(SpecError):
             prompts[text] = [tokenizer.bos_id, *tokenizer.encode(text)]
-    return prompts or {"": [tokenizer.bos_id]}
+    fitting = {text: ids for text, ids in prompts.items() if len(ids) < seq_len}
+    return fitting or {"": [tokenizer.bos_id]}
 
 
 if __name__ == "__main__":

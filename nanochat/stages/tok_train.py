@@ -1,5 +1,8 @@
 """Train the tokenizer, and measure how it compresses several kinds of text.
 
+An alphabet has the characters of training and validation text, and has to have those of the
+generated tasks that later stages read: what it lacks would else end them after paid training.
+
 The table stands beside GPT-2's and GPT-4's tokenizers where their vocabularies have been fetched
 (data/tokenizers/{gpt2,cl100k_base}.tiktoken).
 """
@@ -16,13 +19,16 @@ from tiktoken.load import load_tiktoken_bpe
 
 from nanochat.corpus import iter_texts, locate
 from nanochat.rundir import RunDir
-from nanochat.spec import SpecError
+from nanochat.spec import GENERATED_TASKS, RunSpec, SpecError
 from nanochat.stage import run_stage
+from nanochat.tasks import Split, make_task
 from nanochat.tokenizer import SPECIAL_TOKENS, CharTokenizer, Tokenizer, TokenizerLike
 from nanochat.touches import VOCABULARIES, find
 
 STAGE = "tok_train"
 SAMPLE_CHARS = 200_000
+TASK_EXAMPLES = 2_000
+"""Examples of a task's split that are searched for characters: they use all that the task can."""
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 GPT4_PATTERN = (
@@ -54,19 +60,24 @@ def main(run: RunDir) -> dict[str, Any]:
     started_s = time.monotonic()
     tokenizer: TokenizerLike
     if spec.data.tokenizer == "char":
-        tokenizer = CharTokenizer.train(
-            iter_texts(files.train),
+        alphabet = CharTokenizer.train(
+            iter_texts(files.train + files.val),
             spec.model.vocab_size,
             unknown=spec.data.unknown_char,
             max_chars=spec.model.vocab_size - len(SPECIAL_TOKENS),
         )
+        check_tasks(spec, alphabet)
+        tokenizer = alphabet
     else:
-        tokenizer = Tokenizer.train_parquet(
-            [f.path for f in files.train],
-            spec.model.vocab_size,
-            max_chars=settings.max_chars,
-            doc_cap_chars=settings.doc_cap_chars,
-        )
+        try:
+            tokenizer = Tokenizer.train_parquet(
+                [f.path for f in files.train],
+                spec.model.vocab_size,
+                max_chars=settings.max_chars,
+                doc_cap_chars=settings.doc_cap_chars,
+            )
+        except ValueError as e:  # of a damaged shard, with its name
+            raise SpecError(str(e)) from None
     seconds = time.monotonic() - started_s
     if tokenizer.vocab_size > spec.model.vocab_size:
         raise SpecError(
@@ -81,6 +92,42 @@ def main(run: RunDir) -> dict[str, Any]:
         "train_s": seconds,
         "compression": compression_table(tokenizer, _samples(files)),
     }
+
+
+def check_tasks(spec: RunSpec, tokenizer: CharTokenizer) -> None:
+    """Raises SpecError where a later stage reads a generated task that has characters which the
+    tokenizer refuses; of published tasks the spec itself is refused."""
+    stages: dict[str, list[str]] = {}
+    for stage, tasks in spec.tasks.items():
+        for task in tasks:
+            if task in GENERATED_TASKS:
+                stages.setdefault(task, []).append(stage)
+    lacking = {task: tokenizer.lacks(_task_chars(task, spec.seed)) for task in stages}
+    found = [
+        f"{task} (read by {', '.join(stages[task])}) has {' '.join(map(repr, characters))}"
+        for task, characters in lacking.items()
+        if characters
+    ]
+    if found:
+        raise SpecError(
+            f"the text lacks characters of the tasks that the run reads later: {'; '.join(found)}. "
+            'Start a run with data.unknown_char="?", whose character then stands for them, or with '
+            "a text that has them"
+        )
+
+
+def _task_chars(name: str, seed: int) -> set[str]:
+    """The characters of a generated task, in questions and replies of both splits."""
+    characters: set[str] = set()
+    splits: tuple[Split, ...] = ("train", "validation")
+    for split in splits:
+        task = make_task(name, split, seed)
+        for index in range(min(TASK_EXAMPLES, task.num_examples)):
+            for message in task.example(index).conversation["messages"]:
+                content = message["content"]
+                parts = [content] if isinstance(content, str) else [p["text"] for p in content]
+                characters.update(*parts)
+    return characters
 
 
 def compression_table(

@@ -236,3 +236,21 @@ def test_when_torchrun_is_killed_while_its_ranks_import_they_touch_nothing(
         assert not progress.exists()
     finally:
         kill_tree(process)
+
+
+def test_when_one_rank_is_killed_the_run_goes_on(tmp_path: Path, whole: FaultyRun) -> None:
+    """As the host's out-of-memory killer does; the rank that is left tells of a broken line."""
+    run = FaultyRun(tmp_path, NUM_STEPS)
+    process = run.start()
+    try:
+        _, ranks = torchrun_and_ranks(process)
+        run.wait_for_step(process, SAVE_EVERY_STEPS + 2)
+        ranks[1].kill()
+        assert process.wait(timeout=300) == 0
+    finally:
+        if not has_ended(process):
+            kill_tree(process)
+    (restart,) = run.events("restart")
+    assert "lost a rank" in restart or "was killed" in restart
+    assert weights_digest(run.run, STAGE) == weights_digest(whole.run, STAGE)
+    assert losses(run.run, STAGE) == losses(whole.run, STAGE)

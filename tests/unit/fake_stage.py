@@ -3,7 +3,8 @@
 `fake_stage.py STAGE RUN_DIR`; the plan maps a stage to a list of acts, one per attempt:
 done, stopped_when_asked, fail:CODE, die, hang, again, ignore_stop, step_s:SECONDS (tells its speed,
 then waits for a stop), vanish (takes the run directory along), done_behind (by the clock of a file
-server that is a minute late).
+server that is a minute late), work_s:SECONDS (with no sign until then), lose_a_rank:CODE (fails so,
+and its launcher says that a rank was killed).
 """
 
 import json
@@ -40,6 +41,13 @@ elif act == "stopped_when_asked":
 elif act.startswith("fail:"):
     code = int(act.split(":")[1])
     run.write_outcome(Outcome(stage=stage, outcome="failed", message="because", exit_code=code))
+elif act.startswith("lose_a_rank:"):
+    code = int(act.split(":")[1])
+    run.write_outcome(Outcome(stage=stage, outcome="failed", message="no peer", exit_code=code))
+    sys.exit(1)
+elif act.startswith("work_s:"):
+    time.sleep(float(act.split(":")[1]))
+    run.write_outcome(Outcome(stage=stage, outcome="done"))
 elif act.startswith("step_s:"):
     told = {"step": 50, "num_steps": 1000, "num_timed": 50, "save_s": 0.1, "eval_s": 0.2}
     while run.stop_request() is None:

@@ -209,6 +209,12 @@ def test_money_spent_elsewhere_ends_a_run_on_a_free_machine() -> None:
     assert time_left_s(Budget(max_usd=0.9), lines, 200) == 0.0
 
 
+def test_a_clock_that_is_set_back_gives_no_money_back() -> None:
+    lines = alive_until(3600)
+    for bounds in (Budget(max_hours=2.0), Budget(max_usd=80.0)):
+        assert time_left_s(bounds, lines, 1800) == time_left_s(bounds, lines, 3600)
+
+
 def test_soft_stop_keeps_the_reserve() -> None:
     found = Deadlines.of(Budget(max_usd=10.0), alive_until(600), 600.0, 120.0)
     assert found == Deadlines(soft_s=pytest.approx(880), hard_s=pytest.approx(1000))

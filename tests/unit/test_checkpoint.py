@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,16 @@ from nanochat.checkpoint import (
     rng_state,
     set_rng_state,
 )
-from nanochat.checkpoint_dir import Manifest
+from nanochat.checkpoint_dir import CheckpointDir, Manifest
 from nanochat.spec import CheckpointPolicy
 from nanochat.storage import Storage
+
+THIN = CheckpointPolicy(keep_last=1, thin_old=True, free_floor_gib=0.0)
+
+
+def files_in(directory: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
 
 # -----------------------------------------------------------------------------
 # one rank
@@ -79,6 +87,66 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
         assert saver.list_complete() == []
     with pytest.raises(CheckpointError, match="complete steps: none"):
         load_weights(tmp_path / "new")
+
+
+def test_a_run_does_not_go_on_from_weights_alone(tmp_path: Path) -> None:
+    """Starting over would prune them away; nothing of them is touched, and they still load."""
+    directory = tmp_path / "base_train"
+    save_steps(directory, 8)
+    CheckpointDir(directory).thin(8)
+    before = files_in(directory)
+    for _ in range(2):
+        with Checkpointer(directory, NO_FLOOR) as saver:
+            assert saver.has_any()
+            for load in (saver.load_latest, saver.load_best):
+                with pytest.raises(
+                    CheckpointError, match=r"only weights are left of step 8 of base_train: .*move"
+                ):
+                    load(state_of(0))
+    assert files_in(directory) == before
+    assert (directory / "latest").read_text() == "step_000008\n"
+    assert_same(load_weights(directory)[0], state_of(8)["model"])
+
+
+@pytest.mark.parametrize("name", ["state.json", "optimizer-00000.safetensors"])
+def test_a_damaged_full_one_before_thinned_ones_is_told(tmp_path: Path, name: str) -> None:
+    """Whether the damage is found by the look at the folder, or by the hashes."""
+    with Checkpointer(tmp_path, THIN) as saver:
+        saver.save(1, state_of(1), {}, val_bpb=1.0)
+        saver.save(2, state_of(2), {}, val_bpb=2.0)
+    assert [m.kind for m in saver.list_complete()] == ["weights", "full"]
+    damage(tmp_path / "step_000002" / name, -3)
+    with (
+        Checkpointer(tmp_path, THIN) as saver,
+        pytest.raises(
+            CheckpointError, match=r"only weights are left of step 1 of (.|\n)*step_000002/" + name
+        ),
+    ):
+        saver.load_latest(state_of(0))
+    assert (tmp_path / "step_000002").is_dir() and (tmp_path / "step_000001").is_dir()
+
+
+def test_a_thinned_best_beside_a_full_one_is_no_hindrance(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, THIN) as saver:
+        saver.save(1, state_of(1), {}, val_bpb=1.0)
+        saver.save(2, state_of(2), {})
+        saver.wait()
+        state = state_of(0)
+        loaded = saver.load_latest(state)
+        assert loaded is not None and loaded.step == 2
+        assert saver.load_best(state) is None  # the only validated one is no full one
+    assert (tmp_path / "latest").read_text() == "step_000002\n"
+
+
+def test_checkpoints_that_go_while_the_process_begins_are_missed(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1)
+    with Checkpointer(tmp_path, NO_FLOOR) as saver:
+        assert saver.has_any()
+        shutil.rmtree(tmp_path / "step_000001")
+        with pytest.raises(CheckpointError, match="have gone"):
+            saver.load_latest(state_of(0))
+        assert not saver.has_any()
+        assert saver.load_latest(state_of(0)) is None
 
 
 def test_asynchronous_and_waiting_saves_write_the_same_bytes(tmp_path: Path) -> None:

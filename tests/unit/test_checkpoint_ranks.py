@@ -18,6 +18,7 @@ from nanochat.checkpoint import (
     load_model,
     load_weights,
 )
+from nanochat.checkpoint_dir import CheckpointDir
 from nanochat.distributed import Dist
 from nanochat.storage import Storage
 
@@ -90,6 +91,13 @@ def two_ranks(ranks: Dist, folder: Path) -> dict[str, Any]:
     load_model(folder / "by_one", model)
     facts["model"] = is_state({**sharded(state_of(4), rank), "model": model}, 4)
 
+    thinned = saver_of("thinned")
+    facts["has any"] = (thinned.has_any(), saver_of("none").has_any())
+    try:
+        thinned.load_latest(state)
+    except CheckpointError as e:
+        facts["thinned"] = str(e)
+
     return facts
 
 
@@ -98,6 +106,8 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[st
     folder = tmp_path_factory.mktemp("two_ranks")
     with Checkpointer(folder / "by_one", NO_FLOOR) as saver:
         saver.save(4, whole(state_of(4)), {})
+    shutil.copytree(folder / "by_one", folder / "thinned")
+    CheckpointDir(folder / "thinned").thin(4)
     return folder, on_ranks(2, two_ranks, folder)
 
 
@@ -127,3 +137,9 @@ def test_an_error_on_one_rank_is_one_on_all(by_two: tuple[Path, list[dict[str, A
 def test_ranks_walk_back_together(by_two: tuple[Path, list[dict[str, Any]]]) -> None:
     for rank, facts in enumerate(by_two[1]):
         assert facts["walked back"] == (1, {"at": 1}, {"rank": rank}, True)
+
+
+def test_ranks_refuse_weights_alone_together(by_two: tuple[Path, list[dict[str, Any]]]) -> None:
+    assert [f["has any"] for f in by_two[1]] == [(True, False)] * 2
+    messages = {f["thinned"] for f in by_two[1]}
+    assert len(messages) == 1 and "only weights are left of step 4 of thinned" in messages.pop()

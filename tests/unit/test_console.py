@@ -9,6 +9,7 @@ import pytest
 
 from infra import console as console_module
 from infra.console import Console, render_status
+from nanochat.checkpoint_dir import MANIFEST, Kind, Manifest, step_name
 from nanochat.rundir import Outcome, RunDir
 
 STAGES = ("tok_train", "base_train", "report")
@@ -43,6 +44,14 @@ def progress(**facts: Any) -> dict[str, Any]:
     } | facts
 
 
+def write_checkpoint(run: RunDir, step: int, kind: Kind) -> None:
+    """A checkpoint of base_train that holds no tensors."""
+    folder = run.checkpoints_dir("base_train") / step_name(step)
+    folder.mkdir(parents=True)
+    manifest = Manifest(step, kind, 1, None, {}, "2026-01-01T00:00:00+00:00")
+    (folder / MANIFEST).write_bytes(manifest.encode())
+
+
 def test_plain_lines_come_every_few_seconds_and_then_more_rarely(
     run: RunDir, clock: list[float]
 ) -> None:
@@ -72,12 +81,20 @@ def test_plain_lines_come_every_few_seconds_and_then_more_rarely(
 
 def test_a_resume_says_from_where(run: RunDir, clock: list[float]) -> None:
     out = io.StringIO()
-    latest = run.checkpoints_dir("base_train") / "latest"
-    latest.parent.mkdir(parents=True)
-    latest.write_text("step_000083\n")
+    write_checkpoint(run, 83, "full")
+    write_checkpoint(run, 90, "weights")
     shown = Console(run, STAGES, tty=False, stream=out)
     shown.stage_start("base_train")
     assert out.getvalue() == "[2/3] base_train resumes from step_000083\n"
+
+
+def test_nothing_is_resumed_from_weights_alone(run: RunDir, clock: list[float]) -> None:
+    out = io.StringIO()
+    write_checkpoint(run, 90, "weights")
+    (run.checkpoints_dir("base_train") / "latest").write_text("step_000090\n")
+    shown = Console(run, STAGES, tty=False, stream=out)
+    shown.stage_start("base_train")
+    assert out.getvalue() == "[2/3] base_train starts\n"
 
 
 def test_a_terminal_gets_a_bar_and_a_line_per_finished_stage(

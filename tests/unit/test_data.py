@@ -304,6 +304,12 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["x"]}), path)
     with pytest.raises(SpecError, match="no column text"):
         ParquetSource([DataFile(path, 15, None)], ByteTokenizer(), seed=0)
+    pq.write_table(pa.table({"text": ["abc " * 500] * 200}), path, compression="NONE")
+    damaged = bytearray(path.read_bytes())
+    damaged[100:400] = b"\xff" * 300
+    path.write_bytes(damaged)
+    with pytest.raises(SpecError, match=r"shard_00000\.parquet .*UTF8.*data_fetch"):
+        ParquetSource([DataFile(path, 15, None)], ByteTokenizer(), seed=0).fetch(0, 0, 1)
 
 
 # -- conversations

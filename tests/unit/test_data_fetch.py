@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,7 @@ def test_text_shards_serve_a_machine_that_has_no_text_file(home: Path, tmp_path:
         (None, "is no file"),
         (b"too short", "9 bytes"),
         (b"valid \xe9 latin-1 " * 1000, "not UTF-8"),
+        ("文".encode() * 800, "too few characters .*2,049 characters are enough"),
     ],
 )
 def test_bad_text_files_are_refused(
@@ -207,6 +209,27 @@ def test_bad_text_files_are_refused(
         path.write_bytes(content)
     with pytest.raises(SpecError, match=message):
         ensure(text_data(path))
+
+
+def test_the_least_text_that_is_said_to_be_enough_is(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "least.txt"
+    path.write_text("文" * 2 * corpus.MIN_BLOCK_CHARS + "\n", encoding="utf-8")
+    for val_fraction in (0.001, 0.4):
+        ensure(text_data(path, val_fraction=val_fraction))
+        train, val = all_texts(text_data(path, val_fraction=val_fraction))
+        assert train and val
+
+
+def test_data_without_a_validation_split_is_not_taken_for_whole(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("some words\n" * 1000)
+    lock = ensure(text_data(path)).val[0].path.parent / LOCK_NAME
+    facts = json.loads(lock.read_text())
+    facts["files"] = {n: f for n, f in facts["files"].items() if f["split"] == "train"}
+    atomic_write_json(lock, facts)
+    with pytest.raises(SpecError, match="not whole"):
+        locate(text_data(path))
+    assert ensure(text_data(path)).val
 
 
 # -- web shards
@@ -334,6 +357,41 @@ def test_cache_is_made_once_and_again_when_it_is_torn(home: Path) -> None:
     again = make_source(files, ByteTokenizer(), data, run=run, seed=0)
     assert again.fetch(0, 3, 4).tokens[0].tolist() == expected
     assert tokens.stat().st_size > 10
+
+
+def put_bad_bytes(path: Path) -> None:
+    """A shard whose text is no UTF-8."""
+    pq.write_table(pa.table({"text": ["abc " * 500] * 200}), path, compression="NONE")
+    damaged = bytearray(path.read_bytes())
+    damaged[100:400] = b"\xff" * 300
+    path.write_bytes(damaged)
+
+
+def put_no_documents(path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+
+
+@pytest.mark.parametrize(
+    ("put", "said"),
+    [
+        (put_bad_bytes, "UTF8"),
+        (put_no_documents, "no documents"),
+        (lambda path: pq.write_table(pa.table({"body": ["x"]}), path), "no column text .*body"),
+        (lambda path: path.write_bytes(b"PAR1 no parquet"), "cannot be read"),
+    ],
+)
+def test_cache_of_a_damaged_shard_names_it(
+    home: Path, tmp_path: Path, put: Callable[[Path], None], said: str
+) -> None:
+    path = tmp_path / "bad.parquet"
+    put(path)
+    files = [corpus.DataFile(path, path.stat().st_size, None)]
+    with pytest.raises(SpecError, match=said) as caught:
+        open_token_cache(files, ByteTokenizer())
+    assert str(path) in str(caught.value)
+    if put is not put_no_documents:
+        with pytest.raises(SpecError, match=said):
+            list(iter_texts(files))
 
 
 @pytest.mark.parametrize("num_threads", [None, 3])

@@ -174,6 +174,66 @@ def test_the_ledger_learns_how_long_a_pod_lived_on(tmp_path: Path, now: list[flo
     deadman.note_life(tmp_path / "nowhere", "p")
 
 
+def test_a_ledger_that_cannot_be_read_is_told_once_and_the_rest_counts(
+    tmp_path: Path, now: list[float]
+) -> None:
+    run = a_run(tmp_path, 1.0, now[0])
+    ledger = run.ledger_file.read_bytes()
+    run.ledger_file.unlink()
+    run.ledger_file.mkdir()
+    said: list[str] = []
+    api = RunPodApi("k", post=Provider(36.0).post)
+    labelled = Switch(tmp_path, "p", api, 2.0, now[0], tell=said.append)
+    bare = Switch(tmp_path, "p", None, tell=said.append)
+    for _ in range(2):
+        assert labelled.reason_to_end() is None and bare.reason_to_end() is None
+        now[0] += 95
+    assert len(said) == 2 and all("Is a directory" in text for text in said)
+    assert "may" in str(labelled.reason_to_end())
+    now[0] += deadman.SILENCE_S
+    assert "no run has given a sign of life" in str(bare.reason_to_end())
+    deadman.note_life(tmp_path, "p")
+    run.ledger_file.rmdir()
+    run.ledger_file.write_bytes(ledger)
+    assert "budget" in str(bare.reason_to_end()), "judged again as soon as it can be read"
+    assert len(said) == 2
+
+
+def test_the_watch_goes_on_over_whatever_fails_in_a_look(
+    tmp_path: Path, now: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged ledger, and processes that cannot be listed, until both are well again."""
+    run = a_run(tmp_path, 1e6, now[0])
+    append_jsonl(run.ledger_file, {"event": "start", "instance": "p", "usd_per_hour": "?"})
+    looks: list[float] = []
+
+    class Gone(BaseException):
+        pass
+
+    def is_serving() -> bool:
+        looks.append(now[0])
+        if len(looks) < 4:
+            raise PermissionError("/proc")
+        return False
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        if provider.ended:
+            raise Gone
+
+    provider = Provider()
+    monkeypatch.setattr(time, "sleep", sleep)
+    told: list[str] = []
+    said: list[str] = []
+    api = RunPodApi("k", post=provider.post)
+    with pytest.raises(Gone):
+        deadman.watch(
+            Switch(tmp_path, "p", api, is_serving=is_serving, tell=told.append), said.append
+        )
+    assert len(looks) == 4 and "no run has given a sign of life" in said[0]
+    assert len(told) == 2 and "budget" in told[0] and "silence" in told[1]
+
+
 def test_keys_and_labels(tmp_path: Path) -> None:
     assert api_key({"RUNPOD_API_KEY": "a", "HOME": str(tmp_path)}) == "a"
     (tmp_path / ".runpod").mkdir()

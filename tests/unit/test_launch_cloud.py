@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import entrypoint
 from entrypoint import build_parser
 from infra import cloud
 from infra.launch import runpod_pod, sky
@@ -148,3 +149,23 @@ def test_a_provider_that_does_not_answer_is_not_nothing(
     with pytest.raises(Enough):
         cloud.reap_verb(build_parser().parse_args(["reap", "--every", "60"]))
     assert capsys.readouterr().out.startswith("RunPod does not answer: what is billed is not known")
+
+
+@pytest.mark.parametrize(
+    ("to", "words", "says"),
+    [
+        ("sky", ("--max-usd-per-hour", "5"), "--max-usd-per-hour is for --to runpod, not for sky"),
+        ("sky", ("--volume", "other"), "--volume is for --to docker and runpod, not for sky"),
+        ("runpod", ("--sweep", "seed=1,2"), "--sweep is for --to sky, not for runpod"),
+        ("runpod", ("--spot",), "--spot is for --to sky, not for runpod"),
+        ("docker", ("--offers", "8xH200"), "--offers is for --to runpod, not for docker"),
+        ("sky", ("--no-requeue",), "--no-requeue is for --to slurm, not for sky"),
+        ("runpod", ("--memory-gib", "8"), "--memory-gib is for --to docker and slurm"),
+    ],
+)
+def test_an_option_that_the_place_does_not_take_is_refused(
+    to: str, words: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = f"@{ROOT / 'configs' / 'd20.toml'}"
+    assert entrypoint.main(["launch", config, "--to", to, "--dry-run", *words]) == 78
+    assert says in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """The launcher for SkyPilot against a small SkyPilot of our own; tests/e2e has the real one."""
 
 import io
-import json
 import shlex
 import time
 from dataclasses import replace
@@ -26,7 +25,7 @@ from infra.launch.sky import (
 )
 from infra.launch.sky_cluster import cluster_name
 from infra.launch.sky_sweep import points
-from infra.runpod_api import Pod, ProviderError
+from infra.runpod_api import Pod
 from nanochat.spec import SpecError, load_spec
 from tests.twin.runpod import catalog
 
@@ -51,6 +50,7 @@ class FakeSky:
         self.secrets: dict[str, str] = {}
         self.cancelled = False
         self.controller_is_rented = False
+        self.number = 1
         self._trouble, self._log_code = trouble, log_code
 
     def launch(self, task: dict[str, Any], cluster: str, secrets: dict[str, str]) -> int:
@@ -62,7 +62,7 @@ class FakeSky:
                 time.sleep(0.01)
         elif self._trouble:
             raise RuntimeError(self._trouble)
-        return 1
+        return self.number
 
     def launch_managed(self, task: dict[str, Any], name: str, secrets: dict[str, str]) -> int:
         if self._trouble and len(self.launched) == 1:
@@ -256,8 +256,33 @@ def test_a_cluster_that_was_up_before_is_not_torn_down() -> None:
 
 
 def test_the_run_s_own_exit_code_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "exit_code_on", lambda cluster, run: 76)
+    told = {("d20", "d20", 1): 76}
+    monkeypatch.setattr(launcher, "exit_code_on", lambda *of: told[of[:3]])
     assert submit(job(), PULLED, FakeSky(log_code=100), io.StringIO()) == 76
+
+
+def test_a_cluster_whose_state_cannot_be_read_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    sky = FakeSky()
+
+    def unreadable(cluster: str) -> bool:
+        raise KeyError("EXITED")
+
+    monkeypatch.setattr(sky, "exists", unreadable)
+    with pytest.raises(LaunchError, match=r"KeyError: 'EXITED'.*`nanochat reap`, then") as e:
+        submit(job(), PULLED, sky, io.StringIO())
+    assert (e.value.exit_code, sky.launched) == (77, [])
+
+
+def test_a_log_that_breaks_off_is_no_end_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    sky = FakeSky()
+
+    def lost(cluster: str, number: int) -> int:
+        raise RuntimeError("connection lost")
+
+    monkeypatch.setattr(sky, "logs", lost)
+    with pytest.raises(LaunchError, match=r"connection lost.*status d20`.*stop d20`") as e:
+        submit(job(), PULLED, sky, io.StringIO())
+    assert (e.value.exit_code, sky.up) == (1, {"d20"})
 
 
 @pytest.mark.parametrize(
@@ -349,91 +374,6 @@ class Provider:
 POD = Pod("p1", "d20-0a1b2c3d-head", "RUNNING", 21.52, 3600.0, {}, ("10.0.0.1", 22))
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """A cluster d20 that SkyPilot has made: what its pod answers."""
-    said: dict[str, Any] = {
-        "runs": [{"name": "d20", "state": "RUNNING", "exit_code": None, "heartbeat": 1.0}],
-        "asked": [],
-        "provider": Provider(POD),
-    }
-    (tmp_path / ".sky" / "generated" / "ssh").mkdir(parents=True)
-    (tmp_path / ".sky" / "generated" / "ssh" / "d20").write_text("Host d20\n")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(sky_cluster, "connect", lambda: said["provider"])
-
-    def on(cluster: str, command: str, timeout_s: float = 0.0) -> str | None:
-        said["asked"].append(command)
-        if command.startswith("nanochat stop"):
-            said["runs"][0] |= {"state": "STOPPED", "exit_code": 75}
-        return None if said["runs"] is None else json.dumps(said["runs"])
-
-    monkeypatch.setattr(sky_cluster, "POLL_S", 0.0)
-    monkeypatch.setattr(sky_cluster, "on", on)
-    return said
-
-
-def test_status_says_what_the_run_and_the_pod_say(cluster: dict[str, Any]) -> None:
-    found = sky_cluster.status("d20")
-    assert found is not None
-    assert (found["state"], found["exit_code"], found["pod"]) == ("RUNNING", None, "p1")
-    assert found["pod_usd"] == pytest.approx(21.52)
-    assert found["message"] == "SkyPilot's cluster d20: pod p1 is RUNNING at $21.52/h. RUNNING"
-    cluster["runs"] = None
-    found = sky_cluster.status("d20")
-    assert found is not None and found["state"] == "RUNNING" and found["exit_code"] is None
-    cluster["provider"] = Provider()
-    found = sky_cluster.status("d20")
-    assert found is not None and "sky status -r" in found["message"]
-    assert sky_cluster.status("d24") is None
-
-
-def test_of_several_runs_the_named_or_the_living_one_is_meant(cluster: dict[str, Any]) -> None:
-    cluster["runs"] = [
-        {"name": "old", "state": "SUCCEEDED", "exit_code": 0, "heartbeat": 1.0},
-        {"name": "d64_1000usd", "state": "RUNNING", "exit_code": None, "heartbeat": 9.0},
-    ]
-    for name, meant in (("d20", "d64_1000usd"), ("old", "old")):
-        run = sky_cluster.run_on("d20", name)
-        assert run is not None and run["name"] == meant
-
-
-def test_the_files_of_its_run_can_be_pulled(cluster: dict[str, Any]) -> None:
-    cluster["runs"][0]["run_dir"] = "/workspace/nanochat/runs/d20"
-    there = sky_cluster.files_of("d20")
-    assert there is not None
-    assert (there.command[-1], there.path) == ("d20", "/workspace/nanochat/runs/d20")
-    assert sky_cluster.files_of("d24") is None
-
-
-def test_stop_saves_first_and_leaves_nothing_billed(cluster: dict[str, Any]) -> None:
-    assert sky_cluster.stop("d20", FakeSky()) == 75
-    assert "nanochat stop d20" in cluster["asked"]
-    assert cluster["provider"].there == []
-
-
-def test_a_pod_that_does_not_go_is_told(
-    cluster: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sky_cluster, "VERIFY_S", 0.0)
-    monkeypatch.setattr(cluster["provider"], "terminate", lambda _: None)
-    with pytest.raises(LaunchError, match="may still be billed.*p1"):
-        sky_cluster.stop("d20", FakeSky())
-
-    def lost() -> None:
-        raise ProviderError("timed out")
-
-    monkeypatch.setattr(cluster["provider"], "pods", lost)
-    with pytest.raises(LaunchError, match="RunPod does not answer"):
-        sky_cluster.tear_down("d20", FakeSky())
-
-
-def test_reap_knows_what_a_cluster_may_cost(cluster: dict[str, Any]) -> None:
-    sky_cluster.note_pods("d20", "d20", 20.0)
-    (row,) = reap.reap(cluster["provider"])
-    assert (row.run, row.max_usd, row.action) == ("d20", 20.0, "ended")
-
-
 @pytest.mark.parametrize("image", ["", "nanochat:0.1.0", "docker:nanochat"])
 def test_an_image_that_is_only_here_is_refused_before_anything_starts(image: str) -> None:
     """SkyPilot would ask Docker Hub's library for it, and wait beside a pod that is billed."""
@@ -470,3 +410,39 @@ def test_a_text_of_one_s_own_is_sent_along_or_on_the_volume_or_refused(
 def test_the_volume_of_a_task_has_the_size_that_its_file_gives_it() -> None:
     assert launcher.volume_gb("d20.toml", PULLED) == 300.0
     assert launcher.volume_gb("d20.toml", SkyOptions(infra="lambda")) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "size_gb"),
+    [
+        ("size: 400GB", 400.0),
+        ("size: 400gi", 400.0),
+        ("size: 1Ti", 1024.0),
+        ("size: 2097152Mb", 2048.0),
+        ("size: '400'", 400.0),
+        ("size: 400", 400.0),
+        ("use_existing: true", None),
+    ],
+)
+def test_the_size_of_a_volume_has_skypilot_s_units(
+    line: str, size_gb: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(PULLED, task=ROOT / "sky" / "d20_h100.yaml")
+    monkeypatch.setattr(launcher, "TASKS", tmp_path)
+    assert launcher.volume_gb("d20.toml", options) is None, "there is no such file"
+    (tmp_path / "volume.yaml").write_text(f"name: nanochat\n{line}\n")
+    assert launcher.volume_gb("d20.toml", options) == size_gb
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["name: nanochat\nsize: much", "name: nanochat\nsize: 5Mi", "size: 3", "", "a: [", "- a"],
+)
+def test_a_size_that_cannot_be_read_is_told_with_its_file(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "TASKS", tmp_path)
+    (tmp_path / "volume.yaml").write_text(text)
+    options = replace(PULLED, task=ROOT / "sky" / "d20_h100.yaml")
+    with pytest.raises(LaunchError, match=r"(?s)volume\.yaml does not say the size.*size: 300Gi"):
+        launcher.volume_gb("d20.toml", options)

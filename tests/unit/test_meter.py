@@ -55,6 +55,15 @@ def test_while_the_api_is_lost_or_the_pod_is_not_listed_the_last_answer_holds() 
     assert asked().usd_per_hour == 25.0
 
 
+def test_whatever_the_provider_raises_the_last_answer_holds() -> None:
+    def ask() -> Pod | None:
+        raise RuntimeError("of a kind that nobody thought of")
+
+    asked = Meter(QUOTED, ask)
+    asked.refresh()
+    assert asked() == QUOTED
+
+
 def test_the_moment_from_which_the_pod_is_billed_is_taken_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

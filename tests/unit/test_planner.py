@@ -368,6 +368,15 @@ def test_too_little_money_is_refused_with_a_way_out() -> None:
     assert all(a["usd"] <= 30.0 for a in plan.alternatives)
 
 
+def test_more_ranks_than_gpus_are_refused() -> None:
+    four_on_two = ("runtime.num_ranks=4", 'offer="2xH100-SXM"')
+    plan = make_plan(spec_of("d20", *four_on_two))
+    assert plan.verdict == "refused"
+    assert plan.reasons[0] == "runtime.num_ranks = 4: 2xH100-SXM has 2 GPUs, one per rank"
+    on_two_nodes = make_plan(spec_of("ptolemy_d20", *four_on_two, "slurm.nodes=2"))
+    assert not any("num_ranks" in reason for reason in on_two_nodes.reasons)
+
+
 def test_too_little_time_is_refused() -> None:
     plan = make_plan(spec_of("d20", "budget.max_hours=1.0"))
     assert plan.verdict == "refused"

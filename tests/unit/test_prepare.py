@@ -1,6 +1,8 @@
 """What a training stage is built from, and how it finds a device batch that fits."""
 
 import json
+import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,14 @@ import torch
 from tiny_run import make_run_for, spec_of_stage
 
 from nanochat import prepare as preparing
+from nanochat.checkpoint import CheckpointError, load_weights
+from nanochat.checkpoint_dir import CheckpointDir
 from nanochat.conversations import train_on_conversations
+from nanochat.data import IGNORE_INDEX
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT
 from nanochat.prepare import compute_dtype, note_out_of_memory, prepare
-from nanochat.rundir import Outcome, RunDir, StopReason
+from nanochat.rundir import Outcome, RunDir, StopReason, newest_stage
 from nanochat.scaling import gpt_config
 from nanochat.stage import StageFailed
 from nanochat.stages.base_train import sample_prompts
@@ -193,9 +198,51 @@ def test_a_stop_ends_a_validation_but_for_the_budgets(
     assert prepared.model.training
 
 
-def test_weights_are_those_of_the_stage_before(whole: RunDir) -> None:
-    prepared = prepare(whole, STAGE, weights_from="base_train")
-    fresh = prepare(whole, STAGE)
+def test_rows_without_targets_have_no_finite_loss(whole: RunDir) -> None:
+    """As of a chat stage whose few rows hold nothing but what the user says."""
+    rows = torch.randint(0, 300, (2, 64)).int()
+    nothing = torch.full_like(rows, IGNORE_INDEX)
+    validation = preparing.ValidationSet(rows, nothing, None, 2, 2 * 64)
+    bpb = prepare(whole, STAGE).bits_per_byte(validation)
+    assert bpb is not None and math.isnan(bpb)
+
+
+def train_further(whole: RunDir, path: Path) -> RunDir:
+    """A copy of the run whose mid-training goes on from its last checkpoint."""
+    shutil.copytree(whole.path, path)
+    run = RunDir(path)
+    run.outcome_file(STAGE).unlink(missing_ok=True)
+    return run
+
+
+def test_a_resume_does_not_need_the_weights_of_the_stage_before(
+    whole: RunDir, tmp_path: Path
+) -> None:
+    """Somebody has made room."""
+    run = train_further(whole, tmp_path / "run")
+    shutil.rmtree(run.checkpoints_dir("base_train"))
+    outcome = train_on_conversations(run, STAGE, "base_train")
+    assert (outcome.outcome, outcome.step) == ("done", 3)
+    assert [m["message"] for m in run.metrics() if m.get("event") == "start"][-1].endswith("step 3")
+    shutil.rmtree(run.checkpoints_dir(STAGE))
+    with pytest.raises(CheckpointError, match=r"base_train; complete steps: none"):
+        train_on_conversations(run, STAGE, "base_train")
+
+
+def test_a_stage_with_weights_alone_says_so_and_keeps_them(whole: RunDir, tmp_path: Path) -> None:
+    run = train_further(whole, tmp_path / "run")
+    CheckpointDir(run.checkpoints_dir(STAGE)).thin(3)
+    shutil.rmtree(run.checkpoints_dir("base_train"))
+    with pytest.raises(CheckpointError, match="only weights are left of step 3 of mid_train"):
+        train_on_conversations(run, STAGE, "base_train")
+    assert newest_stage(run) == STAGE
+    assert load_weights(run.checkpoints_dir(STAGE))[1]["position"]["step"] == 3
+
+
+def test_weights_are_those_of_the_stage_before(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    prepared = prepare(run, STAGE, weights_from="base_train")
+    fresh = prepare(run, STAGE)
     saved = GPT(gpt_config(SPEC.model))
     saved.init_weights(0)
     assert torch.equal(prepared.model.wte.weight, saved.wte.weight)
@@ -217,7 +264,17 @@ def test_a_text_without_the_letters_of_a_prompt_is_not_asked_to_continue_it(
     alphabet: str, prompts: int
 ) -> None:
     """A text in another script would else end its run at the first sample, with 78."""
-    found = sample_prompts(CharTokenizer(alphabet, 64))
+    found = sample_prompts(CharTokenizer(alphabet, 64), seq_len=64)
     assert len(found) == prompts
     assert all(ids[0] == CharTokenizer(alphabet, 64).bos_id for ids in found.values())
     assert ("The " in found) == ("T" in alphabet)
+
+
+def test_prompts_fit_the_shortest_context() -> None:
+    """Character by character, "import " and <|bos|> fill a context of 8."""
+    tokenizer = CharTokenizer("abcdefghijklmnopqrstuvwxyz ICRT", 64)
+    for seq_len, prompts in ((9, 5), (8, 4), (5, 1), (3, 1)):
+        found = sample_prompts(tokenizer, seq_len)
+        assert len(found) == prompts
+        assert all(len(ids) < seq_len for ids in found.values())
+    assert list(found.values()) == [[tokenizer.bos_id]]

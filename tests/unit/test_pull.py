@@ -1,9 +1,11 @@
 """`pull` brings whole, verified weights and nothing of the optimizer, also over a broken line."""
 
+import argparse
 from pathlib import Path
 
 import pytest
 
+from infra import cloud
 from infra import pull as pulling
 from infra.pull import Folder, Host, open_source, pull
 from nanochat.checkpoint_dir import CheckpointDir, DamagedCheckpoint, Manifest, utc_now
@@ -119,3 +121,29 @@ def test_hosts_are_told_from_names() -> None:
     assert pulling._shell_path("~/a b") == "~/'a b'"
     with pytest.raises(RunDirError):
         open_source("no-such-run")
+
+
+def test_a_run_is_not_pulled_onto_itself(run: RunDir) -> None:
+    before = sorted(p for p in run.path.rglob("*") if p.is_file())
+    with pytest.raises(RunDirError, match="is the run itself"):
+        pull(Folder(run.path), run.path / ".." / "run", best=True, say=quiet)
+    assert sorted(p for p in run.path.rglob("*") if p.is_file()) == before
+    manifests = list(run.path.rglob("manifest.json"))
+    assert manifests and all(Manifest.read(file.parent) for file in manifests)
+
+
+def test_an_older_pull_in_the_folder_does_not_hide_the_pod(
+    run: RunDir, over_a_shell: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`pull d20 --best --to d20`, given again for newer weights."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cloud, "connect", lambda: None)
+    monkeypatch.setattr(cloud.sky_cluster, "files_of", lambda name: over_a_shell)
+    args = argparse.Namespace(run_dir="d20", to="d20", best=False)
+    assert cloud.pull_verb(args).step == 30
+    save(run, "mid_train", 40, 0.9)
+    assert cloud.pull_verb(args).step == 40
+    monkeypatch.setattr(cloud.sky_cluster, "files_of", lambda name: None)
+    with pytest.raises(RunDirError, match="is the run itself"):
+        cloud.pull_verb(args)
+    assert Manifest.read(tmp_path / "d20/checkpoints/mid_train/step_000040").step == 40

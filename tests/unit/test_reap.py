@@ -136,6 +136,29 @@ def test_earlier_pods_count_against_the_next_one(file: Path) -> None:
     assert reap.spent_before("a", file) == pytest.approx(20.0, rel=0.01)
 
 
+def test_pods_that_count_their_cost_themselves_are_left_out(file: Path) -> None:
+    for pod_id in ("p1", "p2"):
+        born = time.time() - 3590.0
+        reap.note_launch("made", "a", pod_id, file, usd_per_hour=10.0, born=born)
+    assert reap.spent_before("a", file) == pytest.approx(20.0, rel=0.01)
+    assert reap.spent_before("a", file, besides={"p2"}) == pytest.approx(10.0, rel=0.01)
+
+
+@pytest.mark.parametrize(("raised", "action"), [(20.0, "kept"), (None, "kept"), (9.0, "ended")])
+def test_a_later_launch_on_the_same_pod_has_the_word(
+    raised: float | None, action: str, file: Path
+) -> None:
+    """The pod has cost $10."""
+    made = Pod(
+        "x", "d20-0a1b2c3d-head", "RUNNING", 10.0, 3600.0, {}, ("127.0.0.1", 22), "a/nanochat"
+    )
+    for most in (5.0, raised):
+        reap.note_launch("made", "d20", "x", file, usd_per_hour=10.0, max_usd=most)
+    reap.note_launch("seen", "d20", "x", file, usd_per_hour=10.0)
+    (row,) = reap.reap(Account(made), False, file, lambda _: None)
+    assert (row.max_usd, row.action) == (raised, action)
+
+
 def test_a_pod_that_vanished_unseen_counts_for_a_quarter_of_an_hour(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

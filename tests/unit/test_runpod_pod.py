@@ -6,8 +6,17 @@ from pathlib import Path
 
 import pytest
 
+import entrypoint
+from infra import cloud
 from infra.launch import runpod_pod
-from infra.runpod_api import Pod
+from infra.runpod_api import Pod, ProviderError
+from nanochat.rundir import EXIT_UNFIT_NODE, RunDir
+from tests.unit.test_supervisor import make_spec
+
+
+class Silent:
+    def pods(self) -> list[Pod]:
+        raise ProviderError("the provider is silent")
 
 
 class Account:
@@ -33,3 +42,39 @@ def test_a_pod_that_is_not_up_yet_has_no_way_in() -> None:
     found = runpod_pod.status(Account(None), "d20")  # type: ignore[arg-type]
     assert found is not None and found["ssh"] is None
     assert found["message"].startswith("pod pod1 is RUNNING at $21.52/h")
+
+
+@pytest.mark.parametrize("verb", ["status", "stop"])
+def test_an_ended_run_here_does_not_hide_a_pod_of_its_name(
+    verb: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = RunDir(tmp_path / "runs" / "d20")
+    run.create()
+    run.freeze_spec(make_spec())
+    run.write_status({"name": "d20", "state": "SUCCEEDED", "exit_code": 0, "heartbeat": 1.0})
+    stopped: list[str] = []
+    monkeypatch.setenv("NANOCHAT_HOME", str(tmp_path))
+    monkeypatch.setattr(cloud, "connect", lambda: Account(None))
+    monkeypatch.setattr(cloud, "remote_stop", lambda name: stopped.append(name) or 75)
+    code = entrypoint.main([verb, "d20"])
+    said = capsys.readouterr()
+    assert f"{run.path} has a run of that name too" in said.err
+    if verb == "status":
+        assert "pod pod1 is RUNNING at $21.52/h" in said.out
+    else:
+        assert (code, stopped) == (75, ["d20"])
+    assert entrypoint.main([verb, str(run.path)]) == 0, "a path means the run here"
+    assert "pod1" not in capsys.readouterr().out
+
+
+def test_a_provider_that_is_silent_is_no_run_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NANOCHAT_HOME", str(tmp_path))
+    monkeypatch.setattr(cloud, "connect", Silent)
+    for verb in ("status", "stop"):
+        assert entrypoint.main([verb, "d20"]) == EXIT_UNFIT_NODE
+        assert "the provider is silent" in capsys.readouterr().err

@@ -134,6 +134,27 @@ def test_budget_horizon_needs_a_budget(config: Path) -> None:
     assert load_spec(config).budget.max_hours == 2.0
 
 
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("[mid_train]\nnum_epochs = 1\nmixture = { smoltalk = 9 }", "mid_train reads smoltalk"),
+        ("[chat_rl]\nnum_steps = 1", "chat_rl reads gsm8k"),
+        ('[evaluate]\ntasks = ["kinds", "core", "mmlu"]', "evaluate reads core, mmlu"),
+    ],
+)
+def test_published_tasks_and_an_alphabet_need_an_unknown_char(
+    config: Path, section: str, said: str
+) -> None:
+    text = MINIMAL.replace("1024", "524288") + section + '\n[data]\ntokenizer = "char"\n'
+    config.write_text(text)
+    with pytest.raises(SpecError, match=said + r'.*data\.unknown_char="\?"'):
+        load_spec(config)
+    config.write_text(text + 'unknown_char = "?"\n')
+    assert load_spec(config).data.unknown_char == "?"
+    config.write_text(text.replace('"char"', '"bpe"'))
+    assert load_spec(config).data.unknown_char is None
+
+
 def test_json_round_trip_and_differences(config: Path) -> None:
     spec = load_spec(config)
     assert spec_from_json(spec.model_dump_json()) == spec

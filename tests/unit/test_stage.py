@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -74,12 +75,32 @@ def test_a_rank_whose_torchrun_lives_goes_on(run: RunDir) -> None:
     ids=lambda signum: signum.name,
 )
 def test_a_signal_to_a_stage_alone_asks_for_a_stop(run: RunDir, signum: signal.Signals) -> None:
+    """And the same command goes on."""
     process = start(run)
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
     process.send_signal(signum)
     _, error = process.communicate("\n", timeout=60)
     assert process.returncode == 0, error
-    request, outcome = run.stop_request(), run.outcome("report")
-    assert request is not None and request.reason == StopReason.SIGNAL
+    outcome = run.outcome("report")
     assert outcome is not None and outcome.outcome == "stopped"
+    process = start(run)
+    _, error = process.communicate("\n", timeout=60)
+    assert run.is_done("report"), error
+
+
+def test_a_stop_that_came_with_a_supervisor_is_left_to_it(run: RunDir) -> None:
+    run.lease_file.write_text("{}")
+    process = start(run)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    process.communicate("\n", timeout=60)
+    request = run.stop_request()
+    assert request is not None and request.reason == StopReason.SIGNAL
+
+
+def test_a_stop_whose_deadline_has_passed_stops_nothing(run: RunDir) -> None:
+    run.request_stop(StopReason.USER, time.time() - 1.0)
+    start(run).communicate("\n", timeout=60)
+    assert run.is_done("report")

@@ -65,6 +65,7 @@ def supervise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervise:
         spec: RunSpec | None = None,
         usd_per_hour: float = 0.0,
         plan: dict[str, Any] = PLAN,
+        num_ranks: int = 1,
     ) -> tuple[int, RunDir]:
         monkeypatch.setenv("FAKE_STAGE", json.dumps({"data_fetch": ["done"]} | acts))
         monkeypatch.setenv("PYTHONPATH", str(FAKE.parent.parent.parent))
@@ -75,7 +76,7 @@ def supervise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervise:
             run,
             plan,
             Price(usd_per_hour, "test"),
-            1,
+            num_ranks,
             Console(run, spec.stages, stream=io.StringIO()),
             command=lambda stage, path, ranks: [sys.executable, str(FAKE), stage, str(path)],
         )
@@ -144,6 +145,41 @@ def test_a_stage_that_keeps_dying_means_an_unfit_node(supervise: Supervise) -> N
     code, run = supervise({"base_train": ["die"]})
     assert code == 77
     assert len(acts(run)) == 1 + 3
+
+
+def test_a_rank_that_was_killed_is_no_failure_of_those_that_missed_it(
+    supervise: Supervise,
+) -> None:
+    code, run = supervise(ALL_DONE | {"base_train": ["lose_a_rank:1", "done"]}, num_ranks=2)
+    assert code == 0
+    (event,) = [m["message"] for m in run.metrics() if m.get("event") == "restart"]
+    assert event.startswith("lost a rank (exit 1), as another says: no peer")
+
+
+@pytest.mark.parametrize(("code", "num_ranks"), [(70, 2), (77, 2), (1, 1)])
+def test_a_failure_with_a_reason_of_its_own_stays_one(
+    supervise: Supervise, code: int, num_ranks: int
+) -> None:
+    assert supervise({"base_train": [f"lose_a_rank:{code}"]}, num_ranks=num_ranks)[0] == code
+
+
+def test_a_machine_that_slept_gives_its_stage_time(
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Suspended for an hour, as by the lid of a laptop, `docker pause` or a step of the clock."""
+    right, right_steady, slept_s = time.time, time.monotonic, [0.0]
+    monkeypatch.setattr(time, "time", lambda: right() + slept_s[0])
+    monkeypatch.setattr(time, "monotonic", lambda: right_steady() + slept_s[0])
+    monkeypatch.setattr("infra.supervisor.MOST_SILENT_S", 0.2)
+    run = RunDir(tmp_path / "run")
+    _when(
+        lambda: run.progress_file("base_train").exists(),
+        lambda: slept_s.__setitem__(0, 3600.0),
+    )
+    spec = make_spec(runtime={"hang_s": 3.0, "max_restarts": 2, "tensorboard": False})
+    code, run = supervise(ALL_DONE | {"base_train": ["work_s:1.0"]}, spec)
+    assert code == 0
+    assert not [m for m in run.metrics() if m.get("event") == "restart"]
 
 
 def test_a_hung_stage_is_ended_and_continued(supervise: Supervise) -> None:
@@ -455,6 +491,45 @@ def test_a_run_that_was_taken_over_ends_before_it_writes_more(
     assert run.lease_file.read_bytes() == taken["lease"]
     assert not run.ledger_file.exists()
     assert_nothing_runs(run)
+
+
+def test_a_clock_that_is_set_back_stops_no_look(
+    supervise: Supervise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lease, ledger and status go on at once, not when the hour has passed again."""
+    run = RunDir(tmp_path / "run")
+    right, steps_s = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: right() - steps_s[0])
+    monkeypatch.setattr("infra.supervisor.LEDGER_EVERY_S", 0.2)
+    monkeypatch.setattr("infra.supervisor.HEARTBEAT_S", 0.2)
+
+    def latest() -> dict[str, float]:
+        """When each was written last, by the clock of the supervisor."""
+        return {
+            "lease": float(json.loads(run.lease_file.read_text())["heartbeat"]),
+            "ledger": list(read_jsonl(run.ledger_file))[-1]["time"],
+            "status": (run.status() or {})["heartbeat"],
+        }
+
+    seen: dict[str, float] = {}
+
+    def set_back() -> None:
+        steps_s[0] = 3600.0
+        deadline = time.monotonic() + 10
+        try:
+            while time.monotonic() < deadline:
+                seen.update(latest())
+                if max(seen.values()) < right() - 1800.0:
+                    break
+                time.sleep(0.1)
+        finally:
+            run.request_stop(StopReason.USER, time.time() + 3)
+
+    _when(lambda: run.status_file.exists() and run.ledger_file.exists(), set_back)
+    code, _ = supervise({"base_train": ["stopped_when_asked"]})
+    assert code == 75
+    assert len(seen) == 3
+    assert {what for what, moment in seen.items() if moment > right() - 1800.0} == set()
 
 
 def test_a_signal_while_waiting_for_another_holder_leaves_its_run_alone(

@@ -23,6 +23,7 @@ from toy_training import (
     steps_logged,
 )
 
+from nanochat.data import IGNORE_INDEX, StepBatch
 from nanochat.distributed import Dist
 from nanochat.rundir import RunDir, StopReason, append_jsonl, read_jsonl
 from nanochat.spec import CheckpointPolicy, SpecError
@@ -294,6 +295,54 @@ def test_a_step_without_targets_divides_by_nothing(tmp_path: Path) -> None:
     assert trainee.fit().outcome == "done"
     assert [m["loss"] for m in steps_logged(run)] == [0.0, 0.0, 0.0]
     assert all(w.isfinite().all() for w in trainee.weights().values())
+
+
+def blank_batches(trainee: Trainee, *numbers: int) -> None:
+    """Let the batches of these numbers hold no targets."""
+    blank = [batch_inputs(number) for number in numbers]
+    make_loader = trainee._loader
+
+    class Blanking:
+        def __init__(self, loader: Any) -> None:
+            self._loader = loader
+
+        def __next__(self) -> StepBatch:
+            batch = next(self._loader)
+            if any(torch.equal(batch.inputs, inputs) for inputs in blank):
+                batch.targets.fill_(IGNORE_INDEX)
+                batch.num_targets = 0
+            return batch
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._loader, name)
+
+    trainee._loader = lambda cursor: Blanking(make_loader(cursor))  # type: ignore
+
+
+def test_steps_without_targets_do_not_make_the_next_ones_a_spike(tmp_path: Path) -> None:
+    rates = dict.fromkeys(("matrix_lr", "embedding_lr", "unembedding_lr"), 1e-6)
+    spec = make_spec(num_steps=36, eval_every_steps=12, **rates)
+    run = new_run(tmp_path / "run", spec)
+    trainee = Trainee(run, spec)
+    blank_batches(trainee, *range(10, 30))
+    outcome = trainee.fit()
+    assert (outcome.outcome, outcome.facts["rollbacks"]) == ("done", 0)
+    losses = [m["loss"] for m in steps_logged(run)]
+    assert losses[9:29] == [0.0] * 20 and min(losses[29:]) > 2.0
+    state = json.loads((run.checkpoints_dir(STAGE) / "step_000024" / "state.json").read_text())
+    assert state["extra"]["position"]["mean_loss"] > 2.0
+
+
+def test_a_step_without_targets_does_not_hide_a_spike(tmp_path: Path) -> None:
+    """The loss is high on batches 27, 29 and 30; 28 says nothing and is kept."""
+    spec = make_spec(num_steps=36, eval_every_steps=8)
+    run = new_run(tmp_path / "run", spec)
+    poison = on_batches(lambda loss: loss + 16 * 9.0, 27, 29, 30)
+    trainee = Trainee(run, spec, poison=poison)
+    blank_batches(trainee, 28)
+    assert trainee.fit().outcome == "done"
+    [record] = run.resolved("rollback")
+    assert (record["step"], record["begun"], record["batches"]) == (29, 26, [27, 29, 30])
 
 
 # -----------------------------------------------------------------------------
