@@ -145,7 +145,7 @@ COPY infra/__init__.py infra/download.py infra/fetch.py infra/fetch_progress.py 
      infra/
 COPY infra/image/__init__.py infra/image/bake_data.py infra/image/
 COPY nanochat/__init__.py nanochat/corpus.py nanochat/data.lock.json nanochat/embedded.py \
-     nanochat/folders.py nanochat/rundir.py nanochat/spec.py nanochat/storage.py \
+     nanochat/folders.py nanochat/rundir.py nanochat/spec.py nanochat/spec_errors.py nanochat/storage.py \
      nanochat/touches.py nanochat/
 COPY configs configs
 RUN --mount=type=cache,target=/var/cache/nanochat-data \
