@@ -26,6 +26,9 @@ HEARTBEAT_S = 30.0
 TICK_S = 60.0
 """Providers bill every minute that has begun."""
 
+AHEAD_S = 3600.0
+"""How far behind the ledger a clock may be for the ledger to be believed."""
+
 Record = Mapping[str, Any]
 
 
@@ -119,12 +122,14 @@ def _is_whole(record: Record) -> bool:
 def time_left_s(budget: Budget, records: Iterable[Record], now: float) -> float | None:
     """Seconds from `now` until the first bound of the budget is reached at the present price.
 
-    Zero when it is reached; None where nothing bounds the run. What was written before a clock was
-    set back counts all the same.
+    Zero when it is reached; None where nothing bounds the run. What was written less than AHEAD_S
+    before a clock was set back counts all the same.
     """
     lines = [r for r in records if _is_whole(r)]
     newest = max(lines, key=lambda r: float(r["time"]), default=None)
-    usd, used_s = spent(lines, now if newest is None else max(now, float(newest["time"])))
+    if newest is not None and now < float(newest["time"]) < now + AHEAD_S:
+        now = float(newest["time"])
+    usd, used_s = spent(lines, now)
     bounds = []
     if budget.max_hours is not None:
         bounds.append(3600.0 * budget.max_hours - used_s)

@@ -14,7 +14,7 @@ from infra.memory import Layout
 from infra.throughput import decode_s, forward_s
 from nanochat.scaling import GPTConfig, checkpoint_bytes, mixture_tokens
 from nanochat.spec import TRAIN_STAGES, Data, RunSpec, TrainStage
-from nanochat.touches import data_roots, package_lock, published_paths, source_facts
+from nanochat.touches import package_lock, published_paths, source_facts
 
 BOOT_S = 600.0
 """Rented machine until our code runs: cold boot and image pull, 6 to 10 minutes (union.ai)."""
@@ -122,21 +122,19 @@ def _bytes_of(paths: tuple[str, ...]) -> float:
     return total
 
 
-def data_bytes(spec: RunSpec, *, missing_only: bool) -> float:
+def data_bytes(spec: RunSpec, *, missing_only: bool, is_cached: bool = False) -> float:
     """Bytes that a run puts on its volume beside the checkpoints: files that are fetched, the token
     cache, and the conversations of the larger chat stage.
 
-    missing_only: without what this machine has already.
+    missing_only: without the files that this machine has already. is_cached: the token cache of
+    this run is made; another spec's does not tell.
     """
     facts = source_facts(spec)
     fetched = sum(source.missing_bytes if missing_only else source.bytes for source in facts)
     cached = 0.0
-    if spec.data.cache:
+    if spec.data.cache and not is_cached:
         tokens = (data_tokens(spec) or 0.0) / (1 - spec.data.val_fraction)
         cached = tokens * (2 if spec.model.vocab_size <= 2**16 else 4)
-    if missing_only:
-        caches = (file for root in data_roots() for file in root.glob("tokens/*/tokens.bin"))
-        cached = max(0.0, cached - sum(file.stat().st_size for file in caches))
     chats = [stage.mixture for stage in (spec.mid_train, spec.chat_sft) if stage is not None]
     rendered = RENDERED_BYTES_PER_TOKEN * max(map(mixture_tokens, chats), default=0)
     return fetched + cached + rendered

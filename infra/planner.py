@@ -84,7 +84,7 @@ class Plan:
     data_tokens: float | None
     """One pass over the base data; None where the text is not on this machine."""
     data_bytes: float
-    """What the run puts on the volume beside its checkpoints."""
+    """What the run puts on the volume beside its checkpoints; 0 where its space is not known."""
     free_gib: float | None
     """Free space on the volume; None where that is another machine's."""
     verdict: str = "ok"
@@ -321,7 +321,9 @@ def _priced(sketch: _Sketch, free_gib: float | None) -> Plan:
         usd=hours * sketch.offer.usd_per_hour + storage_usd,
         storage_usd=storage_usd,
         data_tokens=sketch.data_tokens,
-        data_bytes=data_bytes(sketch.spec, missing_only=sketch.offer.cpu),
+        data_bytes=(
+            0.0 if free_gib is None else data_bytes(sketch.spec, missing_only=sketch.offer.cpu)
+        ),
         free_gib=free_gib,
     )
 

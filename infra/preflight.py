@@ -342,7 +342,8 @@ def free_gib(run_dir: RunDir) -> float:
 
 def _volume(spec: RunSpec, plan: "Plan", run_dir: RunDir) -> list[Fact]:
     there_gib = free_gib(run_dir)
-    data = data_bytes(spec, missing_only=True)
+    is_cached = run_dir.checkpoints_dir("base_train").exists()  # the cache comes before the first
+    data = data_bytes(spec, missing_only=True, is_cached=is_cached)
     need_gib, of_what = volume_gib(spec, plan.checkpoints, data)
     text = (
         f"{there_gib:.1f} GiB free on {_existing(run_dir.path)}, {need_gib:.1f} needed ({of_what})"

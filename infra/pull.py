@@ -55,7 +55,9 @@ class Pulled:
 class Source(Protocol):
     """Files of a run, wherever it is; paths are relative to it. Raises RunDirError."""
 
-    def files(self, folder: str) -> list[str]: ...
+    def files(self, folder: str, deep: bool = True) -> list[str]:
+        """deep: also those in folders below it."""
+        ...
 
     def copy(self, file: str, to: Path) -> None: ...
 
@@ -66,8 +68,8 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def files(self, folder: str) -> list[str]:
-        found = (self.path / folder).rglob("*")
+    def files(self, folder: str, deep: bool = True) -> list[str]:
+        found = (self.path / folder).glob("**/*" if deep else "*")
         return sorted(str(p.relative_to(self.path)) for p in found if p.is_file())
 
     def copy(self, file: str, to: Path) -> None:
@@ -84,9 +86,9 @@ class Host:
         self.command = command
         self.path = path
 
-    def files(self, folder: str) -> list[str]:
-        root = _shell_path(self.path)
-        script = f"cd {root} && {{ [ ! -d {folder} ] || find {folder} -type f; }}"
+    def files(self, folder: str, deep: bool = True) -> list[str]:
+        root, depth = _shell_path(self.path), "" if deep else "-maxdepth 1 "
+        script = f"cd {root} && {{ [ ! -d {folder} ] || find {folder} {depth}-type f; }}"
         done = subprocess.run([*self.command, script], capture_output=True, check=False)
         if done.returncode:
             raise RunDirError(
@@ -145,10 +147,11 @@ def pull(
     for name, record in kept.items():
         say(f"{name}: {record.size / 1e6:.1f} MB\n")
         _bring_checked(source, weights, folder, name, target)
-    there = [file.removeprefix("./") for file in source.files(".")]
+    there = {file.removeprefix("./") for file in source.files(".", deep=False)}
     if "spec.json" not in there:
         raise RunDirError("this run has no spec.json")
-    for file in (f for f in there if f in BESIDE or f.partition("/")[0] in FOLDERS):
+    below = [file for folder in FOLDERS for file in source.files(folder)]
+    for file in (*(file for file in BESIDE if file in there), *below):
         (to / file).parent.mkdir(parents=True, exist_ok=True)
         (to / file).unlink(missing_ok=True)
         try:

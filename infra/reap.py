@@ -141,8 +141,8 @@ def _lives(records: Iterable[dict[str, Any]]) -> dict[str, Life]:
             pod,
             Life(str(r.get("run")), r.get("born") or r["time"], r["time"], price, r.get("max_usd")),
         )
-        if r.get("event") == "made":
-            life.max_usd = r.get("max_usd")
+        if r.get("event") == "made":  # also of a pod that a list has left out for once
+            life.max_usd, life.is_over = r.get("max_usd"), False
         if not life.is_over:
             longest = life.last + GONE_S if r.get("event") == "gone" else r["time"]
             life.last = max(life.last, min(r["time"], longest))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.launch.base import POD_PREFIX
+from nanochat.offline import OfflineError
 
 DEFAULT_URL = "https://api.runpod.io"
 TIMEOUT_S = 15.0
@@ -87,7 +88,7 @@ class RunPodApi:
             answer = json.loads(
                 self._post(self._url, headers, json.dumps({"query": query}).encode())
             )
-        except (OSError, ValueError, http.client.HTTPException) as e:
+        except (OSError, ValueError, http.client.HTTPException, OfflineError) as e:
             raise ProviderError(f"RunPod does not answer: {e}") from None
         if not isinstance(answer, dict) or answer.get("errors"):
             errors = answer.get("errors") if isinstance(answer, dict) else answer

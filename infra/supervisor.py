@@ -44,7 +44,7 @@ from nanochat.rundir import (
     read_jsonl,
 )
 from nanochat.spec import WEIGHT_STAGES, RunSpec
-from nanochat.stage import EXIT_BUG, seconds_before
+from nanochat.stage import MISSES_RANK, seconds_before
 
 POLL_S = 0.1
 STATUS_EVERY_S = 1.0
@@ -254,9 +254,8 @@ class Supervisor:
         outcome = self._outcome(stage)
         if outcome is None or outcome.outcome == "running":
             return None, trouble or f"was killed (exit {code})"
-        if ranks > 1 and code not in (0, None) and outcome.exit_code == EXIT_BUG:
-            # a rank ends with 0 whatever happens in it: the failure is of one that missed another
-            return None, trouble or f"lost a rank (exit {code}), as another says: {outcome.message}"
+        if outcome.outcome == "failed" and outcome.facts.get(MISSES_RANK):
+            return None, trouble or f"lost a rank, as another says: {outcome.message}"
         return outcome, trouble
 
     # -- while a stage runs
@@ -570,7 +569,7 @@ def hang_limit_s(
 
 
 def last_checkpoint(run: RunDir) -> str:
-    """The newest checkpoint that a run can go on from, in words."""
+    """The newest checkpoint of the last stage that has any, in words."""
     stage = newest_stage(run, WEIGHT_STAGES)
     if stage is None:
         return "no complete checkpoint yet"

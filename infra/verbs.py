@@ -283,10 +283,11 @@ def stop(args: argparse.Namespace) -> int:
         args.run_dir = str(here)
     if _containers(args.run_dir):
         return docker.stop(args.run_dir)
-    if _in_cloud(args.run_dir):
+    is_only_queued = not _is_here(args.run_dir) and bool(slurm.queue(args.run_dir))
+    if not is_only_queued and _in_cloud(args.run_dir):
         return cloud.remote_stop(args.run_dir)
     exit_code, name = EXIT_DONE, args.run_dir
-    if _is_here(args.run_dir) or not slurm.queue(args.run_dir):
+    if not is_only_queued:
         run_dir = find_run(args.run_dir)
         exit_code, name = _stop_here(run_dir), run_dir.path.name
     # Also of a run that has not answered: its node may be dead, and its next job would go on.
@@ -423,6 +424,9 @@ def _in_cloud(name: str) -> dict[str, Any] | None:
         if not is_here:
             raise
         _say(f"{e}: whether a machine of that name is billed is not known")
+        return None
+    if found is not None and is_here and found["state"] == "UNKNOWN":
+        _say(found["message"])  # an entry for ssh is left of it, and the run has ended here
         return None
     if found is not None and is_here:
         _say(f"{find_run(name).path} has a run of that name too; a path, with a /, means that one")

@@ -34,6 +34,15 @@ from nanochat.spec import SpecError
 
 PR_SET_PDEATHSIG = 1
 EXIT_BUG = 1
+MISSES_RANK = "misses_rank"
+"""Fact of a failure that is the consequence of another rank's end."""
+LINE_ERRORS = ("LostRank", "DistNetworkError", "DistBackendError")
+LINE_WORDS = (
+    "Connection reset by peer",
+    "Connection closed by peer",
+    "Broken pipe",
+    "Socket closed",
+)
 
 
 class StageFailed(RuntimeError):
@@ -157,7 +166,18 @@ def _failure(name: str, error: Exception) -> Outcome:
         code = EXIT_UNFIT_NODE
     else:
         code, text = EXIT_BUG, f"{type(error).__name__}: {text}"
-    return Outcome(stage=name, outcome="failed", message=text, exit_code=code)
+    facts = {MISSES_RANK: True} if code == EXIT_BUG and _misses_a_rank(error) else {}
+    return Outcome(stage=name, outcome="failed", message=text, exit_code=code, facts=facts)
+
+
+def _misses_a_rank(error: BaseException | None) -> bool:
+    """Whether a rank failed for another one that is gone: told by name, as torch is not loaded
+    here, or by what gloo and NCCL say."""
+    while error is not None:
+        if type(error).__name__ in LINE_ERRORS or any(w in str(error) for w in LINE_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _write_first_failure(run: RunDir, outcome: Outcome) -> None:

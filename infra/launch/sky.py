@@ -299,8 +299,10 @@ def _pods_up(cluster: str) -> set[str]:
 
 def _clear_away(cluster: str, sky: Sky, notes: PodNotes) -> None:
     """Tear down what a start has made, which counts against the budget. Raises LaunchError."""
-    notes.look()
-    tear_down(cluster, sky)
+    try:
+        notes.look()
+    finally:
+        tear_down(cluster, sky)
     notes.ended()
 
 

@@ -10,6 +10,7 @@ import contextlib
 import json
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -261,11 +262,16 @@ class PodNotes:
 
     def look(self) -> None:
         """Note each pod at its first sight with what it may cost, later that it is there or gone;
-        nothing while the provider does not answer."""
+        nothing while the provider does not answer. A note that cannot be made is told, no more."""
         try:
-            there = {pod.id: pod for pod in pods_of(self._cluster)}
+            self._look()
         except ProviderError:
             return
+        except (OSError, LookupError, ValueError) as e:
+            self._tell(e)
+
+    def _look(self) -> None:
+        there = {pod.id: pod for pod in pods_of(self._cluster)}
         for pod_id in sorted(self._noted - there.keys()):
             reap.note_launch("gone", self._run_name, pod_id)
         for pod_id, pod in there.items():
@@ -289,5 +295,11 @@ class PodNotes:
 
     def ended(self) -> None:
         """Note that none of those that were there at the last look is left."""
-        for pod_id in sorted(self._noted):
-            reap.note_launch("ended", self._run_name, pod_id)
+        try:
+            for pod_id in sorted(self._noted):
+                reap.note_launch("ended", self._run_name, pod_id)
+        except OSError as e:
+            self._tell(e)
+
+    def _tell(self, trouble: Exception) -> None:
+        sys.stderr.write(f"{reap.launches_file()} is not told of {self._cluster}: {trouble!r}\n")

@@ -3,8 +3,8 @@
 `fake_stage.py STAGE RUN_DIR`; the plan maps a stage to a list of acts, one per attempt:
 done, stopped_when_asked, fail:CODE, die, hang, again, ignore_stop, step_s:SECONDS (tells its speed,
 then waits for a stop), vanish (takes the run directory along), done_behind (by the clock of a file
-server that is a minute late), work_s:SECONDS (with no sign until then), lose_a_rank:CODE (fails so,
-and its launcher says that a rank was killed).
+server that is a minute late), work_s:SECONDS (with no sign until then), lose_a_rank (fails for
+another that is gone).
 """
 
 import json
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from nanochat.rundir import Outcome, RunDir, append_jsonl
+from nanochat.stage import MISSES_RANK
 
 stage, run = sys.argv[1], RunDir(Path(sys.argv[2]))
 tries = run.path / f"{stage}.tries"
@@ -41,10 +42,10 @@ elif act == "stopped_when_asked":
 elif act.startswith("fail:"):
     code = int(act.split(":")[1])
     run.write_outcome(Outcome(stage=stage, outcome="failed", message="because", exit_code=code))
-elif act.startswith("lose_a_rank:"):
-    code = int(act.split(":")[1])
-    run.write_outcome(Outcome(stage=stage, outcome="failed", message="no peer", exit_code=code))
-    sys.exit(1)
+elif act == "lose_a_rank":
+    facts = {MISSES_RANK: True}
+    outcome = Outcome(stage=stage, outcome="failed", message="no peer", exit_code=1, facts=facts)
+    run.write_outcome(outcome)
 elif act.startswith("work_s:"):
     time.sleep(float(act.split(":")[1]))
     run.write_outcome(Outcome(stage=stage, outcome="done"))

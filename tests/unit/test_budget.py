@@ -215,6 +215,12 @@ def test_a_clock_that_is_set_back_gives_no_money_back() -> None:
         assert time_left_s(bounds, lines, 1800) == time_left_s(bounds, lines, 3600)
 
 
+def test_a_line_of_a_clock_that_was_far_ahead_takes_no_money() -> None:
+    lines = [*alive_until(3600), record("heartbeat", 5 * 3600)]
+    left_s = time_left_s(Budget(max_hours=3.0), lines, 3600)
+    assert left_s == pytest.approx(7200)
+
+
 def test_soft_stop_keeps_the_reserve() -> None:
     found = Deadlines.of(Budget(max_usd=10.0), alive_until(600), 600.0, 120.0)
     assert found == Deadlines(soft_s=pytest.approx(880), hard_s=pytest.approx(1000))

@@ -1,5 +1,6 @@
 """A cluster of SkyPilot's: its runs and their exit codes, what its pods cost, its end."""
 
+import errno
 import io
 import json
 import subprocess
@@ -209,6 +210,20 @@ def test_failed_starts_count_against_the_budget(cluster: dict[str, Any]) -> None
     assert events == ["made", "ended"] * 2
     with pytest.raises(LaunchError, match="has cost .* of its budget of"):
         submit(job("budget.max_usd=22.0"), PULLED, sky, io.StringIO())
+
+
+def test_notes_that_cannot_be_made_keep_no_cluster_up(
+    cluster: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(reap, "note_launch", full)
+    sky = SkyThatRents(cluster["provider"], "set-up failed")
+    with pytest.raises(LaunchError, match="set-up failed.*torn down"):
+        submit(job("budget.max_usd=30.0"), PULLED, sky, io.StringIO())
+    assert cluster["provider"].there == [] and sky.up == set()
+    assert "No space left" in capsys.readouterr().err
 
 
 def test_a_pod_that_skypilot_itself_ends_in_a_start_counts_too(

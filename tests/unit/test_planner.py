@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from infra import memory as memory_model
 from infra import throughput
-from infra.estimates import data_bytes, forecast_checkpoints
+from infra.estimates import data_bytes, data_tokens, forecast_checkpoints
 from infra.hardware import GIB, GPUS, OFFERS, Offer, gpu_offer, parse_offer
 from infra.layout import make_layout
 from infra.memory import (
@@ -400,12 +400,15 @@ def test_data_that_is_there_takes_no_more_of_the_volume(
     whole = data_bytes(spec, missing_only=False)
     assert data_bytes(spec, missing_only=True) == whole
     shard = tmp_path / "data/fineweb_edu/shard_00000.parquet"
-    tokens = tmp_path / "data/tokens/abc/tokens.bin"
-    for file, size in ((shard, 1000), (tokens, 500)):
+    of_another_spec = tmp_path / "data/tokens/abc/tokens.bin"
+    for file, size in ((shard, 1000), (of_another_spec, 500)):
         file.parent.mkdir(parents=True)
         file.write_bytes(bytes(size))
     about = package_lock()["fineweb_edu"]["about_bytes_per_file"]
-    assert data_bytes(spec, missing_only=True) == whole - about - 500
+    assert data_bytes(spec, missing_only=True) == whole - about
+    cached = 2 * (data_tokens(spec) or 0.0) / (1 - spec.data.val_fraction)
+    made = data_bytes(spec, missing_only=True, is_cached=True)
+    assert made == pytest.approx(whole - about - cached)
     assert data_bytes(spec, missing_only=False) == whole - about + 1000
 
 

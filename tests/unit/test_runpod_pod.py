@@ -8,7 +8,7 @@ import pytest
 
 import entrypoint
 from infra import cloud
-from infra.launch import runpod_pod
+from infra.launch import runpod_pod, slurm
 from infra.runpod_api import Pod, ProviderError
 from nanochat.rundir import EXIT_UNFIT_NODE, RunDir
 from tests.unit.test_supervisor import make_spec
@@ -78,3 +78,30 @@ def test_a_provider_that_is_silent_is_no_run_that_is_not_there(
     for verb in ("status", "stop"):
         assert entrypoint.main([verb, "d20"]) == EXIT_UNFIT_NODE
         assert "the provider is silent" in capsys.readouterr().err
+
+
+def test_an_entry_that_is_left_of_a_cluster_hides_no_run_that_ended_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path / "runs" / "toy")
+    run.create()
+    run.freeze_spec(make_spec())
+    run.write_status({"name": "toy", "state": "FAILED", "exit_code": 70, "heartbeat": 1.0})
+    left = {"name": "toy", "state": "UNKNOWN", "exit_code": None, "message": "no answer"}
+    monkeypatch.setenv("NANOCHAT_HOME", str(tmp_path))
+    monkeypatch.setattr(cloud, "connect", lambda: None)
+    monkeypatch.setattr(cloud.sky_cluster, "status", lambda name: left)
+    assert entrypoint.main(["status", "toy"]) == 70
+    assert entrypoint.main(["stop", "toy"]) == 0
+    assert "no answer" in capsys.readouterr().err
+
+
+def test_a_job_in_the_queue_is_cancelled_also_where_the_provider_is_silent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NANOCHAT_HOME", str(tmp_path))
+    monkeypatch.setattr(cloud, "connect", Silent)
+    monkeypatch.setattr(slurm, "queue", lambda name: [{"job": "123"}])
+    monkeypatch.setattr(slurm, "end_jobs", lambda name, wait_s: ["123"])
+    assert entrypoint.main(["stop", "d20"]) == 0
+    assert "cancelled job 123" in capsys.readouterr().err

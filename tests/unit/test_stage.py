@@ -89,6 +89,29 @@ def test_a_signal_to_a_stage_alone_asks_for_a_stop(run: RunDir, signum: signal.S
     assert run.is_done("report"), error
 
 
+@pytest.mark.parametrize(
+    ("raises", "misses_a_rank"),
+    [
+        (
+            "RuntimeError('gloo/transport/tcp/pair.cc:537 Read error: Connection reset by peer')",
+            True,
+        ),
+        ("ValueError('no such thing')", False),
+        ("RuntimeError('CUDA error: device-side assert triggered')", False),
+    ],
+)
+def test_a_failure_tells_whether_it_is_another_ranks(
+    run: RunDir, raises: str, misses_a_rank: bool
+) -> None:
+    main = f"def main(run):\n    raise {raises}\n"
+    code = f"from nanochat.stage import run_stage\n{main}run_stage('report', main)"
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    subprocess.run([sys.executable, "-c", code, str(run.path)], env=env, check=True)
+    outcome = run.outcome("report")
+    assert outcome is not None and (outcome.outcome, outcome.exit_code) == ("failed", 1)
+    assert outcome.facts.get("misses_rank", False) == misses_a_rank
+
+
 def test_a_stop_that_came_with_a_supervisor_is_left_to_it(run: RunDir) -> None:
     run.lease_file.write_text("{}")
     process = start(run)
