@@ -12,6 +12,7 @@ import functools
 import os
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -306,17 +307,50 @@ def gpus_here() -> list[GpuHere]:
 
     if driver_here() is None:
         return []
-    found = []
+    found = {}
     for index in range(pynvml.nvmlDeviceGetCount()):
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        name = str(pynvml.nvmlDeviceGetName(handle))
-        found.append(GpuHere(name, memory.total / GIB, memory.free / GIB))
+        found[str(pynvml.nvmlDeviceGetUUID(handle))] = _described(handle)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return found
-    numbers = [int(n) for n in visible.split(",") if n.strip().isdigit()]
-    return [found[n] for n in numbers if n < len(found)]
+        return list(found.values())
+    return [gpu for gpu in (_named(n, found) for n in _entries(visible)) if gpu is not None]
+
+
+def _described(handle: Any) -> GpuHere:
+    import pynvml
+
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    return GpuHere(str(pynvml.nvmlDeviceGetName(handle)), memory.total / GIB, memory.free / GIB)
+
+
+def _entries(visible: str) -> list[str]:
+    """The devices of CUDA_VISIBLE_DEVICES; of MIG's slices a process is given the first alone."""
+    entries = [entry.strip() for entry in visible.split(",")]
+    slices = [entry for entry in entries if entry.startswith("MIG-")]
+    return slices[:1] or entries
+
+
+def _named(entry: str, found: Mapping[str, GpuHere]) -> GpuHere | None:
+    """What an entry of CUDA_VISIBLE_DEVICES names; None where that is nothing.
+
+    found: the GPUs by UUID, of which CUDA takes the beginning too. A UUID that NVML does not know
+    counts as one GPU like the first: to count none would make a good node unfit, and where there
+    is none CUDA says so.
+    """
+    import pynvml
+
+    if entry.isdigit():
+        return list(found.values())[int(entry)] if int(entry) < len(found) else None
+    if not entry.startswith(("GPU-", "MIG-")):
+        return None
+    for uuid, gpu in found.items():
+        if uuid.startswith(entry):
+            return gpu
+    try:
+        return _described(pynvml.nvmlDeviceGetHandleByUUID(entry))
+    except pynvml.NVMLError:
+        return next(iter(found.values()), None)
 
 
 def cores_here() -> int:

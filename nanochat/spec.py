@@ -227,7 +227,7 @@ class Slurm(Section):
     sif: ClusterPath | None = None
     """The image as a SIF; unset: nanochat.sif in `scratch`."""
     module: SlurmName | None = None
-    """Module to load where apptainer is not on PATH; unset: apptainer, then singularity."""
+    """Module to load first; unset: apptainer from PATH or its module, then singularity likewise."""
     ssh: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._@-]*$")] | None = None
     """Login node to submit on, as ssh takes it; unset: this machine."""
 

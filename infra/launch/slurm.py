@@ -35,6 +35,7 @@ from nanochat.rundir import (
     read_jsonl,
 )
 from nanochat.spec import RunSpec, Slurm, spec_from_json
+from nanochat.touches import missing_files
 
 FIELDS = tuple(Slurm.model_fields)
 """Fields of [slurm]; `launch` has an option for each."""
@@ -45,7 +46,12 @@ MOST_UNFIT = 2
 """Jobs that find their nodes unfit before a chain takes the fault for its own."""
 KILL_WAIT_S = 30
 """SLURM's default from the end of the wall time to SIGKILL."""
-MODULES = ("apptainer", "singularity")
+PROGRAMS = ("apptainer", "singularity")
+"""What runs the SIF, the better one first; a module that brings one usually has its name."""
+SSH_MARK = "nanochat: the command's output follows"
+"""On ssh's stdout after what the other side's shell says to everybody."""
+MOST_NAMED = 3
+"""Missing files that a message names."""
 SEEN_QUEUE = "NANOCHAT_SQUEUE"
 """The variable in which nanochat.sh hands the queue into the SIF."""
 COMMAND_TIMEOUT_S = 60.0
@@ -150,12 +156,10 @@ def render(job: Job, user: str = "") -> Rendered:
     _check_times(job)
     _check_nodes(job)
     embedded, config = _config(job)
-    binds = []
     words = [f"@{config}", *(o for o in job.overrides if not o.startswith("slurm."))]
-    if job.spec.data.path is not None:
-        text_file = Path(job.spec.data.path).resolve()
-        binds.append(shlex.quote(f"{text_file}:{text_file}:ro"))
-        words.append(f"data.path={json.dumps(str(text_file))}")
+    text_file = _text_file(job)
+    if text_file is not None:
+        words.append(f"data.path={json.dumps(text_file)}")
     overrides = shlex.join(words[1:])
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, autoescape=False
@@ -166,6 +170,7 @@ def render(job: Job, user: str = "") -> Rendered:
         version=importlib.metadata.version("nanochat-kit"),
         config=f"@{job.config}".replace("\n", " "),
         outlook=outlook(job.spec, job.plan).render(),
+        missing=_missing_data(job, scratch),
         job_name=job_name(job.name),
         options=_options(job, log),
         scratch=scratch,
@@ -174,10 +179,11 @@ def render(job: Job, user: str = "") -> Rendered:
         max_jobs=slurm.max_jobs,
         requeue=slurm.requeue,
         most_unfit=MOST_UNFIT,
-        modules=[slurm.module] if slurm.module else MODULES,
+        module=slurm.module,
+        programs=sorted(PROGRAMS, key=lambda p: not (slurm.module or "").startswith(p)),
         gpus=_uses_gpus(job),
         nodes=slurm.nodes,
-        binds=binds,
+        text_file=text_file and shlex.quote(text_file),
         embedded=embedded,
         end_mark="END_OF_SPEC",
         run_words=" ".join(map(_quoted, words)),
@@ -208,8 +214,11 @@ def submit(job: Job, out: TextIO = sys.stderr) -> int:
     _check_places(job, user, host)
     job_id = _command(host, ["sbatch", "--parsable"], rendered.text).strip().partition(";")[0]
     log = f"{_scratch(job.spec.slurm, user)}/nanochat-{job.name}-{job_id}.out"
+    if host is None and (missing := _missing_data(job, _scratch(job.spec.slurm, user))):
+        out.write(f"{missing}\n")
     out.write(f"{outlook(job.spec, job.plan).render()}\n")
-    out.write(f"job {job_id} is queued; nanochat status {job.name}, tail -F {log}\n")
+    where = f"on {host}: " if host else ""
+    out.write(f"job {job_id} is queued; {where}nanochat status {job.name}, tail -F {log}\n")
     return EXIT_DONE
 
 
@@ -381,6 +390,48 @@ def _config(job: Job) -> tuple[str | None, str]:
     return text, "$spec"
 
 
+def _text_file(job: Job) -> str | None:
+    """The text of the user's own as the job reads it; None where there is none.
+
+    Raises LaunchError for one that only this machine could find.
+    """
+    data = job.spec.data
+    if data.source != "text" or data.path is None:
+        return None
+    if job.spec.slurm.ssh is None:
+        return str(Path(data.path).resolve())
+    if not Path(data.path).is_absolute():
+        raise LaunchError(
+            f"data.path = {data.path!r} is relative to a folder of this machine; with --ssh give "
+            "the file's whole path on the cluster"
+        )
+    return data.path
+
+
+def _missing_data(job: Job, scratch: str) -> str:
+    """On one line what the job would miss, if its data lie on this machine; else empty.
+
+    A warning: an image of the user's own may have the data in it, and they may come while the job
+    waits. The job looks again and refuses.
+    """
+    home = Path(scratch) / "nanochat"
+    if job.spec.slurm.ssh is not None or nanochat_home().resolve() != home.resolve():
+        return ""
+    by_stage = missing_files(job.spec).values()
+    # A text of the user's own need not be visible here, inside the SIF on a login node.
+    files = [file for files in by_stage for file in files if not Path(file).is_absolute()]
+    if not files:
+        return ""
+    more = len(files) - MOST_NAMED
+    named = ", ".join(files[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    command = shlex.join([f"@{job.config}", *job.overrides])
+    text = (
+        f"not in {home}/data, or not whole: {named}. The job will refuse that, unless its image "
+        f"has them; bring them: nanochat fetch {command}"
+    )
+    return " ".join(text.splitlines())
+
+
 def _check_times(job: Job) -> None:
     slurm, grace_s = job.spec.slurm, job.spec.stop_grace_s
     if slurm.signal_s < grace_s + KILL_WAIT_S:
@@ -447,7 +498,7 @@ def _expand(path: str, user: str) -> str:
 
 
 def _check_places(job: Job, user: str, host: str | None) -> None:
-    """SIF and scratch as the login node sees them; the job looks again on its own."""
+    """What the job opens first, as the login node sees it; the job looks again on its own."""
     scratch = _scratch(job.spec.slurm, user)
     sif = _expand(job.spec.slurm.sif or f"{scratch}/nanochat.sif", user)
     problems = {
@@ -457,6 +508,11 @@ def _check_places(job: Job, user: str, host: str | None) -> None:
             sif,
         ],
     }
+    if text_file := _text_file(job):
+        problems[f"there is no {text_file} there; set data.path to a file that every node sees"] = [
+            "-f",
+            text_file,
+        ]
     for problem, test in problems.items():
         if _run(host, ["test", *test]).returncode:
             raise LaunchError(problem)
@@ -483,9 +539,10 @@ def _command(host: str | None, command: list[str], text: str = "") -> str:
 
 def _run(host: str | None, command: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
     if host is not None:
-        command = ["ssh", "-o", "BatchMode=yes", "--", host, shlex.join(command)]
+        there = f"echo {shlex.quote(SSH_MARK)}; {shlex.join(command)}"
+        command = ["ssh", "-o", "BatchMode=yes", "--", host, there]
     try:
-        return subprocess.run(
+        done = subprocess.run(
             command, input=text, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S
         )
     except FileNotFoundError:
@@ -496,3 +553,6 @@ def _run(host: str | None, command: list[str], text: str = "") -> subprocess.Com
             "SLURM controller up? Try: sinfo",
             EXIT_UNFIT_NODE,
         ) from None
+    if host is not None:
+        done.stdout = done.stdout.partition(f"{SSH_MARK}\n")[2]
+    return done

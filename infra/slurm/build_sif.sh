@@ -7,10 +7,13 @@ set -euo pipefail
 source=$1 sif=$(realpath -m "$2")     # folders below it go to Apptainer, which wants them absolute
 shift 2
 recipe=$(dirname "$0")/../../apptainer.def
-if ! apptainer=$(command -v apptainer || command -v singularity); then
-  echo "There is no apptainer here: module load apptainer, or see docs/ptolemy.md for an installation without root" >&2
-  exit 77
-fi
+for name in apptainer singularity; do
+  apptainer=$(command -v "$name") && break
+  module load "$name" > /dev/null 2>&1 || true
+  apptainer=$(command -v "$name") && break
+done
+[ -n "$apptainer" ] ||
+  { echo "There is no apptainer here, nor a module of that name; docs/ptolemy.md has an installation without root" >&2; exit 77; }
 mkdir -p "$(dirname "$sif")"
 work=$(mktemp -d "$(dirname "$sif")/.sif.XXXXXX")
 trap 'chmod -R u+w "$work"; rm -rf "$work"' EXIT

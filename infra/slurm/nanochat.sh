@@ -14,14 +14,29 @@ home=${NANOCHAT_HOME:-}
 scratch=$(dirname "$home")
 [ -w "$scratch/." ] || fail 78 "$scratch is not a folder that can be written"
 sif=${NANOCHAT_SIF:-$scratch/nanochat.sif}
-for module in "" apptainer singularity; do
-  [ -z "$module" ] || module load "$module" > /dev/null 2>&1 || true
-  apptainer=$(command -v apptainer || command -v singularity) && break
+module=                                   # what `launch --module` names
+before=
+programs="apptainer singularity"
+for word; do
+  [ "$before" != --module ] || module=$word
+  [[ $word != --module=* ]] || module=${word#*=}
+  before=$word
+done
+if [ -n "$module" ]; then                 # asked for, so before what is on PATH anyway
+  module load "$module" > /dev/null 2>&1 ||
+    echo "nanochat.sh: there is no module $module, or it does not load; looking for another Apptainer" >&2
+  [[ $module != singularity* ]] || programs="singularity apptainer"
+fi
+for name in $programs; do
+  apptainer=$(command -v "$name") && break
+  module load "$name" > /dev/null 2>&1 || true
+  apptainer=$(command -v "$name") && break
 done
 [ -n "$apptainer" ] ||
   fail 77 "there is no apptainer here, nor a module of that name; docs/ptolemy.md has an installation without root"
 [ -f "$sif" ] || fail 78 "there is no $sif; build it: infra/slurm/build_sif.sh SOURCE $sif"
 mkdir -p "$home/tmp" "$scratch/apptainer"
+export TMPDIR="$home/tmp"                 # until bash 5.1 a here-string is a file there; /tmp may be full
 export APPTAINER_CACHEDIR="$scratch/apptainer" APPTAINER_TMPDIR="$home/tmp"
 export SINGULARITY_CACHEDIR="$scratch/apptainer" SINGULARITY_TMPDIR="$home/tmp"
 
@@ -33,6 +48,8 @@ nanochat() {
   options+=(--env "USER=$user" --env "LOGNAME=$user")       # for $USER in paths of the spec
   case "$PWD/" in "$scratch"/*) ;; *) options+=(--bind "$PWD") ;; esac
   [ ! -e /dev/nvidiactl ] || options+=(--nv)                # a chat on a GPU node
+  # The GPUs of this job, where it has some of a node's.
+  [ -z "${CUDA_VISIBLE_DEVICES+set}" ] || pass CUDA_VISIBLE_DEVICES "$CUDA_VISIBLE_DEVICES"
   for secret in WANDB_API_KEY HF_TOKEN; do
     [ -z "${!secret:-}" ] || pass "$secret" "${!secret}"
   done
@@ -92,6 +109,7 @@ if [ "${1:-}" = launch ] && [[ $words == *" --to slurm "* || $words == *" --to=s
     fail 77 "there is no sbatch here: run this on a login node, or pipe what --dry-run prints to sbatch there"
   for word; do shift; [ "$word" = --json ] || set -- "$@" "$word"; done    # the script is for sbatch
   script=$(nanochat "$@" --dry-run)
+  sed -n '/^$/q; s/^# Missing: /nanochat.sh: /p' <<< "$script" >&2
   job_name=$(sed -n 's/^#SBATCH --job-name=//p' <<< "$script")
   queued=$(squeue --noheader --user="$user" --name="$job_name" --format='job %i is %T')
   [ -z "$queued" ] || fail 78 "${job_name#nanochat-} is queued already: $queued. scancel ends it; for a second run give another name in the spec"

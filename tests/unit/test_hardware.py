@@ -1,7 +1,9 @@
 """Offers: names people type, numbers with a source, and this machine's own."""
 
 import json
+from types import SimpleNamespace
 
+import pynvml
 import pytest
 
 from infra import hardware
@@ -105,3 +107,58 @@ def test_the_list_prints_as_table_and_json() -> None:
 def test_no_driver_means_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "driver_here", lambda: None)
     assert hardware.gpus_here() == []
+
+
+UUIDS = ("GPU-aa11", "GPU-bb22", "GPU-cc33")
+SLICE = "MIG-dd44"
+
+
+@pytest.fixture
+def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML with three GPUs and a slice."""
+    names = {**dict(enumerate(UUIDS)), SLICE: SLICE}
+
+    def by_uuid(uuid: str) -> str:
+        if uuid not in (*UUIDS, SLICE):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return uuid
+
+    monkeypatch.setattr(hardware, "driver_here", lambda: "580.1")
+    for name, function in {
+        "nvmlDeviceGetCount": lambda: 3,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetHandleByUUID": by_uuid,
+        "nvmlDeviceGetUUID": names.__getitem__,
+        "nvmlDeviceGetName": names.__getitem__,
+        "nvmlDeviceGetMemoryInfo": lambda _: SimpleNamespace(total=2**30, free=2**30),
+    }.items():
+        monkeypatch.setattr(pynvml, name, function)
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        (None, UUIDS),
+        ("1,2", UUIDS[1:]),
+        ("2, 0", (UUIDS[2], UUIDS[0])),
+        ("0,7", UUIDS[:1]),
+        ("", ()),
+        ("-1", ()),
+        ("NoDevFiles", ()),
+        ("GPU-bb22,GPU-aa11", (UUIDS[1], UUIDS[0])),
+        ("GPU-cc", UUIDS[2:]),
+        (SLICE, (SLICE,)),
+        (f"{SLICE},MIG-ee55", (SLICE,)),  # a process has one slice
+        ("MIG-GPU-aa11/1/0", UUIDS[:1]),  # unknown to NVML: as many as are named
+        ("GPU-ff66,GPU-ff77", (UUIDS[0], UUIDS[0])),
+    ],
+)
+def test_the_gpus_that_this_process_may_use(
+    three_gpus: None, monkeypatch: pytest.MonkeyPatch, visible: str | None, names: tuple[str, ...]
+) -> None:
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert tuple(gpu.name for gpu in hardware.gpus_here()) == names
+    assert num_ranks(Runtime()) == max(1, len(names))

@@ -128,3 +128,74 @@ def test_sbatch_gets_the_script_whatever_is_asked_for(
     assert (done.returncode, (tmp_path / "given").read_text()) == (0, f"{script}\n")
     refused = nanochat_sh(login_node, *launch, "--ssh", "me@login")
     assert refused.returncode == 78 and "without --ssh" in refused.stderr
+
+
+def test_a_full_tmp_and_missing_data_are_not_in_the_way(
+    login_node: dict[str, str], tmp_path: Path
+) -> None:
+    """What bash writes for a here-string lies on scratch; what is missing is named."""
+    script = (
+        "#!/bin/bash\n# Missing: a.parquet\n#SBATCH --job-name=nanochat-c\n\n# Missing: not this"
+    )
+    stand_in(login_node, "apptainer", f"echo '{script}'")
+    stand_in(login_node, "squeue", "exit 0")
+    stand_in(login_node, "sbatch", f"readlink /proc/self/fd/0 > {tmp_path}/read; echo 7")
+    login_node["BASH_COMPAT"] = "5.0"
+    done = nanochat_sh(login_node, "launch", "@c.toml", "--to", "slurm")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "nanochat.sh: a.parquet\n"
+    assert (tmp_path / "read").read_text().startswith(f"{login_node['NANOCHAT_HOME']}/tmp/")
+
+
+@pytest.mark.parametrize("visible", ["1,3", "GPU-aa", "", None])
+def test_the_container_has_the_gpus_of_the_job(
+    login_node: dict[str, str], visible: str | None
+) -> None:
+    seen = "${{{}ENV_CUDA_VISIBLE_DEVICES-unset}}"
+    stand_in(
+        login_node, "apptainer", f"echo {seen.format('APPTAINER')},{seen.format('SINGULARITY')}"
+    )
+    if visible is not None:
+        login_node["CUDA_VISIBLE_DEVICES"] = visible
+    done = nanochat_sh(login_node, "doctor")
+    expected = "unset" if visible is None else visible
+    assert (done.returncode, done.stdout) == (0, f"{expected},{expected}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "on_path", "used"),
+    [
+        ("doctor", "apptainer", "path"),
+        ("doctor", "singularity", "apptainer"),
+        ("launch @c.toml --to docker --module apptainer/1.4", "apptainer", "apptainer/1.4"),
+        ("launch @c.toml --to docker --module=apptainer/1.4", "apptainer", "apptainer/1.4"),
+        ("launch @c.toml --to docker --module gone/1", "apptainer", "path"),
+        ("build_sif.sh", "apptainer", "path"),
+        ("build_sif.sh", "singularity", "apptainer"),
+    ],
+)
+def test_which_apptainer(
+    login_node: dict[str, str], tmp_path: Path, words: str, on_path: str, used: str
+) -> None:
+    modules, tools = tmp_path / "modules", tmp_path / "bin"
+    (tools / "apptainer").unlink()
+    for place, name in (
+        (tools, on_path),
+        (modules / "apptainer", "apptainer"),
+        (modules / "apptainer" / "1.4", "apptainer"),
+    ):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(
+            f'#!/bin/bash\necho used {place}\n[ "$1" != build ] || : > "${{@: -2:1}}"\n'
+        )
+        (place / name).chmod(0o755)
+    login_node["BASH_FUNC_module%%"] = f"() {{ [ -d {modules}/$2 ] && PATH={modules}/$2:$PATH; }}"
+    if words == "build_sif.sh":
+        script = ROOT / "infra" / "slurm" / words
+        command = ["bash", script, "docker://x/y", tmp_path / "my.sif"]
+        done = subprocess.run(command, env=login_node, capture_output=True, text=True)
+    else:
+        done = nanochat_sh(login_node, *words.split())
+    assert done.returncode == 0, done.stderr
+    assert f"used {tools if used == 'path' else modules / used}\n" in done.stdout
+    assert ("there is no module gone/1" in done.stderr) == ("gone" in words)
