@@ -103,7 +103,7 @@ def _other_offers(spec: RunSpec, offer: Offer, make_plan: MakePlan) -> list[dict
         for candidate in OFFERS.values()
         if (candidate.gpu == offer.gpu) != (candidate.count == offer.count)
     ]
-    plans = [p for candidate in near if (p := _try_offer(spec, candidate, make_plan)) is not None]
+    plans = [p for candidate in near if (p := _try(spec, candidate, make_plan)) is not None]
     plans.sort(key=lambda p: p.usd)
     return [
         _entry(f'{spec.name} offer="{p.offer.name}"', p, f"the same run on {p.offer.name}")
@@ -112,12 +112,9 @@ def _other_offers(spec: RunSpec, offer: Offer, make_plan: MakePlan) -> list[dict
 
 
 @functools.lru_cache(maxsize=512)
-def _try_offer(spec: RunSpec, offer: Offer, make_plan: MakePlan) -> "Plan | None":
-    """A spec that is refused on many offers is tried on the same few again and again."""
-    return _try(spec, offer, make_plan)
-
-
 def _try(spec: RunSpec, offer: Offer, make_plan: MakePlan) -> "Plan | None":
+    """The plan where it is not refused; a spec that is refused on many offers is tried on the same
+    few again and again."""
     try:
         plan = make_plan(spec, offer, look_further=False)
     except SpecError:

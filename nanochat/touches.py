@@ -266,7 +266,8 @@ def source_facts(spec: RunSpec) -> list[SourceFacts]:
         roots = tuple(root for root in all_roots if (root / source).exists())
         places = [find(path, roots) if roots else None for path in paths]
         sizes = tuple(None if place is None else place.stat().st_size for place in places)
-        found.append(_source_facts(source, paths, sizes, _fetched_revision(source, roots)))
+        revision = package_lock()[source].get("revision") or _fetched_revision(source, roots)
+        found.append(_source_facts(source, paths, sizes, revision))
     return found
 
 
@@ -280,9 +281,9 @@ def _by_source(paths: tuple[str, ...]) -> tuple[tuple[str, tuple[str, ...]], ...
 
 @functools.lru_cache(maxsize=64)
 def _source_facts(
-    source: str, paths: tuple[str, ...], sizes: tuple[int | None, ...], fetched: str | None
+    source: str, paths: tuple[str, ...], sizes: tuple[int | None, ...], revision: str | None
 ) -> SourceFacts:
-    """sizes: of each path in bytes, None where it is missing; fetched: the revision there."""
+    """sizes: of each path in bytes, None where it is missing."""
     shipped = package_lock()[source]
     total_bytes = missing_bytes = missing = first_seen = 0
     for path, there in zip(paths, sizes, strict=True):
@@ -296,7 +297,7 @@ def _source_facts(
     return SourceFacts(
         source=source,
         licence=shipped["licence"],
-        revision=shipped.get("revision") or fetched,
+        revision=revision,
         files=len(paths),
         missing=missing,
         bytes=total_bytes,

@@ -1,4 +1,4 @@
-"""A small job for the SLURM launcher, of which tests render the script."""
+"""A small job for the SLURM launcher, and the programs and modules of a cluster that it finds."""
 
 from pathlib import Path
 from typing import Any
@@ -33,3 +33,22 @@ def job(
     config.write_text(TOY)
     spec = slurm.with_fields(load_spec(config, list(overrides)), fields)
     return Job(config=str(config), overrides=overrides, spec=spec, plan=plan)
+
+
+def put_modules(folder: Path, on_path: str, then: str = "") -> tuple[Path, str]:
+    """(folder of the modules apptainer and apptainer/1.4, bash's function `module`).
+
+    folder: has bin, on PATH, where `on_path` takes the place of apptainer. Each program says from
+    where it is used, and does `then`.
+    """
+    modules, tools = folder / "modules", folder / "bin"
+    (tools / "apptainer").unlink()
+    for place, name in (
+        (tools, on_path),
+        (modules / "apptainer", "apptainer"),
+        (modules / "apptainer" / "1.4", "apptainer"),
+    ):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(f"#!/bin/bash\necho used {place}\n{then}")
+        (place / name).chmod(0o755)
+    return modules, f"() {{ [ -d {modules}/$2 ] && PATH={modules}/$2:$PATH; }}"

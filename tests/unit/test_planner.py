@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from infra import memory as memory_model
 from infra import throughput
-from infra.estimates import data_bytes, data_tokens, forecast_checkpoints
+from infra.estimates import forecast_checkpoints
 from infra.hardware import GIB, GPUS, OFFERS, Offer, gpu_offer, parse_offer
 from infra.layout import make_layout
 from infra.memory import (
@@ -41,7 +41,6 @@ from nanochat.scaling import (
     resolve,
 )
 from nanochat.spec import CheckpointPolicy, RunSpec, load_spec
-from nanochat.touches import package_lock
 
 REPO = Path(__file__).resolve().parents[2]
 RUNS = json.loads((REPO / "tests/golden/public_runs.json").read_text())["runs"]
@@ -390,26 +389,6 @@ def test_a_small_volume_is_refused() -> None:
         plan = make_plan(spec_of("d20"), free_gib=free_gib)
         assert plan.verdict == "refused"
         assert "volume too small" in plan.reasons[0] and "25.0 of data" in plan.reasons[0]
-
-
-def test_data_that_is_there_takes_no_more_of_the_volume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NANOCHAT_HOME", str(tmp_path))
-    spec = spec_of("cpu_small", "data.cache=true")
-    whole = data_bytes(spec, missing_only=False)
-    assert data_bytes(spec, missing_only=True) == whole
-    shard = tmp_path / "data/fineweb_edu/shard_00000.parquet"
-    of_another_spec = tmp_path / "data/tokens/abc/tokens.bin"
-    for file, size in ((shard, 1000), (of_another_spec, 500)):
-        file.parent.mkdir(parents=True)
-        file.write_bytes(bytes(size))
-    about = package_lock()["fineweb_edu"]["about_bytes_per_file"]
-    assert data_bytes(spec, missing_only=True) == whole - about
-    cached = 2 * (data_tokens(spec) or 0.0) / (1 - spec.data.val_fraction)
-    made = data_bytes(spec, missing_only=True, is_cached=True)
-    assert made == pytest.approx(whole - about - cached)
-    assert data_bytes(spec, missing_only=False) == whole - about + 1000
 
 
 @pytest.mark.parametrize("last", [1, 2, 4])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_jobs import CPU_PLAN, GPU_PLAN, TOY, job
+from slurm_jobs import CPU_PLAN, GPU_PLAN, TOY, job, put_modules
 
 import entrypoint
 from infra.launch import slurm
@@ -270,21 +270,12 @@ def test_a_text_of_the_user_s_own_is_bound_or_named(shell: Shell) -> None:
 def test_a_module_that_is_asked_for_comes_first(
     shell: Shell, module: str | None, on_path: str, used: str
 ) -> None:
-    modules, tools = shell.folder / "modules", shell.folder / "bin"
-    (tools / "apptainer").unlink()
-    for place, name in (
-        (tools, on_path),
-        (modules / "apptainer", "apptainer"),
-        (modules / "apptainer" / "1.4", "apptainer"),
-    ):
-        place.mkdir(parents=True, exist_ok=True)
-        (place / name).write_text(f"#!/bin/bash\necho used {place}\n")
-        (place / name).chmod(0o755)
+    modules, load = put_modules(shell.folder, on_path)
     shell.render(module=module)
-    load = f"() {{ [ -d {modules}/$2 ] && PATH={modules}/$2:$PATH; }}"
     done = shell.run(**{"BASH_FUNC_module%%": load})
     assert done.returncode == 0, done.stderr
-    assert f"used {tools if used == 'path' else modules / used}\n" in done.stdout
+    place = shell.folder / "bin" if used == "path" else modules / used
+    assert f"used {place}\n" in done.stdout
     assert ("there is no module gone/1" in done.stdout) == (module == "gone/1")
 
 

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from slurm_jobs import put_modules
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -177,19 +178,8 @@ def test_the_container_has_the_gpus_of_the_job(
 def test_which_apptainer(
     login_node: dict[str, str], tmp_path: Path, words: str, on_path: str, used: str
 ) -> None:
-    modules, tools = tmp_path / "modules", tmp_path / "bin"
-    (tools / "apptainer").unlink()
-    for place, name in (
-        (tools, on_path),
-        (modules / "apptainer", "apptainer"),
-        (modules / "apptainer" / "1.4", "apptainer"),
-    ):
-        place.mkdir(parents=True, exist_ok=True)
-        (place / name).write_text(
-            f'#!/bin/bash\necho used {place}\n[ "$1" != build ] || : > "${{@: -2:1}}"\n'
-        )
-        (place / name).chmod(0o755)
-    login_node["BASH_FUNC_module%%"] = f"() {{ [ -d {modules}/$2 ] && PATH={modules}/$2:$PATH; }}"
+    builds = '[ "$1" != build ] || : > "${@: -2:1}"\n'
+    modules, login_node["BASH_FUNC_module%%"] = put_modules(tmp_path, on_path, builds)
     if words == "build_sif.sh":
         script = ROOT / "infra" / "slurm" / words
         command = ["bash", script, "docker://x/y", tmp_path / "my.sif"]
@@ -197,5 +187,6 @@ def test_which_apptainer(
     else:
         done = nanochat_sh(login_node, *words.split())
     assert done.returncode == 0, done.stderr
-    assert f"used {tools if used == 'path' else modules / used}\n" in done.stdout
+    place = tmp_path / "bin" if used == "path" else modules / used
+    assert f"used {place}\n" in done.stdout
     assert ("there is no module gone/1" in done.stderr) == ("gone" in words)
